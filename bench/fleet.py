@@ -24,7 +24,7 @@ from bench import harness
 from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, ModelFile, cases_of
 from bench.models import resolve
-from bench.options import add_model, add_run, numbers
+from bench.options import add_file, add_run, numbers
 from bench.posting import posted
 from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
 from bench.serving import ServerProcess, WrongAnswer, check, spread
@@ -57,7 +57,8 @@ Answered = tuple[float, float, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    add_file(parser)
+    parser.set_defaults(kv="the server's own choice")
     parser.add_argument("--replicas", default="1,2", metavar="N", help="comma separated")
     parser.add_argument("--clients", type=int, default=64, help="of each replica")
     parser.add_argument("--requests", type=int, default=8, help="for each client")

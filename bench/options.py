@@ -13,23 +13,28 @@ from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.facts import machine
 from pyllamabatch.report.meters import others_are_known
 
+MODEL, N_CORES = "qwen2-0.5b", machine()["n_cores"]
+
 
 def add_model(
-    parser: argparse.ArgumentParser,
-    model: str = "qwen2-0.5b",
-    kv: str = "streams",
-    threads: int = machine()["n_cores"],
+    parser: argparse.ArgumentParser, model: str = MODEL, kv: str = "streams", threads: int = N_CORES
 ) -> None:
     """The arguments are defaults."""
-    parser.add_argument("--model", default=model, help="a shape, 'default' or a GGUF file")
-    parser.add_argument("--threads", type=int, default=threads)
-    parser.add_argument("--gpu-layers", type=int, default=-1, help="-1 is libllama's default")
+    add_file(parser, model, threads)
     parser.add_argument(
         "--kv",
         choices=["streams", "unified"],
         default=kv,
         help="cells of every arm: a stream per sequence (llama.cpp's own default), or shared",
     )
+
+
+def add_file(parser: argparse.ArgumentParser, model: str = MODEL, threads: int = N_CORES) -> None:
+    """As `add_model`, where no option says what cells the arms have: `kv` is for the parser's own
+    defaults."""
+    parser.add_argument("--model", default=model, help="a shape, 'default' or a GGUF file")
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--gpu-layers", type=int, default=-1, help="-1 is libllama's default")
 
 
 def add_work(parser: argparse.ArgumentParser, prompt_tokens: int, tokens: int) -> None:

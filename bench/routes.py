@@ -17,7 +17,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, ModelFile, cases_of
 from bench.fleet import STOP_S
 from bench.models import resolve
-from bench.options import add_model, add_run, choose
+from bench.options import add_file, add_run, choose
 from bench.serving import ServerProcess
 from bench.targets import Figure, Target
 from bench.views import Column, by_arm, median_of
@@ -50,12 +50,14 @@ from pyllamabatch.sim.replica import OVERHEAD
 from tools.live import spec_of
 from tools.serve_load import metrics_of
 
+REPLICAS = 2
 USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
 N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens
 N_SLOTS = 4  # of a replica
 N_ORDERS = 16  # of the clients, that are simulated
 N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
 N_CELLS = (USERS // 2) * N_PREFIX + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT  # of a replica
+SETTINGS = {"n_kv_max": N_CELLS}
 N_PROMPTS = sum(N_PREFIX + N_QUESTION + i * (N_QUESTION + N_ANSWER) for i in range(TURNS)) * CHATS
 TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
 LIVE, SIMULATED = "live", "simulated"
@@ -63,13 +65,21 @@ HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total
 QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "repeats": 1}
 
 
-def arm_name(kind: str, router: str) -> str:
-    return f"{kind}-{router}"
+class Variant(NamedTuple):
+    """An arm: live or simulated."""
+
+    kind: str
+    router: str
+    replicas: int = REPLICAS
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.replicas}-{self.router}"
 
 
 def _hits(kind: str, router: str) -> Figure:
     return lambda records: median_of(
-        r.detail["hit_rate"] for r in records if r.arm == arm_name(kind, router)
+        r.detail["hit_rate"] for r in records if r.arm == Variant(kind, router).name
     )
 
 
@@ -98,7 +108,7 @@ def speed_off(router: str) -> Figure:
 
     def figure(records: Sequence[Record]) -> float | None:
         found, lived = (
-            median_of(r.t_tg for r in records if r.arm == arm_name(kind, router))
+            median_of(r.t_tg for r in records if r.arm == Variant(kind, router).name)
             for kind in (SIMULATED, LIVE)
         )
         return lived / found if found and lived else None
@@ -124,18 +134,19 @@ TARGETS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, model="smollm2-135m", kv="unified", threads=1)
-    parser.add_argument("--replicas", type=int, default=2, metavar="N")
+    add_file(parser, "smollm2-135m", threads=1)
+    parser.add_argument("--replicas", type=int, default=REPLICAS, metavar="N")
     parser.add_argument("--machine", default="", metavar="PROFILE", help="instead of a model")
     parser.add_argument(
         "--calibrate", type=float, default=60.0, metavar="S", help="to measure the device"
     )
     parser.add_argument("--arms", default="", help="comma separated; all by default")
-    parser.set_defaults(sampling="default")
+    parser.set_defaults(kv="unified", sampling="default")
     add_run(parser, repeats=6)
 
 
 def main(options: argparse.Namespace) -> int:
+    chosen = choose(options.arms, variants(options.replicas))
     about = harness.facts_of()
     if options.machine:
         file = ModelFile(Path(options.machine))
@@ -146,7 +157,7 @@ def main(options: argparse.Namespace) -> int:
         with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
             about = harness.facts_of(model)
             spec = spec_on(options, model)
-    arms = choose(options.arms, all_arms(options, spec))
+    arms = [arm_of(one, options, spec) for one in chosen]
     (case,) = cases_of(
         options, file, N_PROMPTS // CLIENTS, CHATS * TURNS * N_ANSWER // CLIENTS, [CLIENTS]
     )
@@ -166,16 +177,20 @@ def view(records: Sequence[Record]) -> str:
     return by_arm(records, columns)
 
 
-def all_arms(options: argparse.Namespace, spec: EngineSpec) -> list[Arm]:
-    makes: dict[str, tuple[str, Callable[..., Measured]]] = {
-        SIMULATED: ("the mean of several orders of the clients", partial(simulated, spec)),
-        LIVE: ("`pyllamabatch serve --replicas N`, a thread per client", live),
-    }
+def variants(replicas: int) -> list[Variant]:
     return [
-        Arm(arm_name(kind, router), includes, partial(make, options, router))
+        Variant(kind, router, replicas)
         for router in (TURN_BY_TURN, AFFINITY)
-        for kind, (includes, make) in makes.items()
+        for kind in (SIMULATED, LIVE)
     ]
+
+
+def arm_of(one: Variant, options: argparse.Namespace, spec: EngineSpec) -> Arm:
+    if one.kind == LIVE:
+        includes = "`pyllamabatch serve --replicas N`, a thread per client"
+        return Arm(one.name, includes, partial(live, options, one.router))
+    includes = "the mean of several orders of the clients"
+    return Arm(one.name, includes, partial(simulated, spec, options, one.router))
 
 
 def measure(
@@ -259,14 +274,14 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
         known = sum(c.known_tokens for c in counters)
         rates.append(sum(c.prefix_tokens for c in counters) / known)
         seconds.append(max(one.end for one in run.outcomes))
-    detail = {"hit_rate": fmean(rates), "hit_rate_sd": stdev(rates)}
-    return Measured(0.0, fmean(seconds), detail=detail)
+    detail = {"hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "other_cpu": 0.0}
+    return Measured(0.0, fmean(seconds), SETTINGS, detail)
 
 
 # -- live
 
 
-def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
+def serve(options: argparse.Namespace, router: str, case: Case) -> list[str]:
     command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST,
                "-t", str(case.n_threads), "-np", str(N_SLOTS), "--kv-unified",
                "-c", str(N_CELLS), "--replicas", str(options.replicas),
@@ -275,6 +290,11 @@ def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
         command += ["--machine", options.machine, "--gpus-per-replica", "1"]
     else:
         command += ["-m", str(case.model.path)]
+    return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
+
+
+def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
+    command = serve(options, router, case)
     server = ServerProcess(command, cache_folder("logs") / f"{router}.log", STOP_S)
     try:
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as client:
@@ -288,7 +308,7 @@ def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
     finally:
         server.stop()
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
-    return Measured(0.0, seconds, detail={"hit_rate": hits / known, "other_cpu": other_cpu})
+    return Measured(0.0, seconds, SETTINGS, {"hit_rate": hits / known, "other_cpu": other_cpu})
 
 
 def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> None:

@@ -82,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
     arms = [Arm(name, includes, partial(run, inside, name)) for name in options.arms.split(",")]
     cases = cases_of(options, inside.file, options.prompt_tokens, TOKENS, [STREAMS])
     title = f"{STREAMS} streams, a prompt of {options.prompt_tokens} tokens arrives; ITL"
+    title += f" ({ENGINE} chooses its own KV)"
     return harness.run(options, arms, cases, inside.facts(), title)
 
 
@@ -128,6 +129,7 @@ def run(inside: InProcess, arm: str, case: Case) -> Measured:
     if arm != ENGINE:
         options = with_late.context_params() | {"policy": make_policy(arm)}
     with Engine(inside.model, speculate=None, **options) as engine:
+        began_unified = engine.limits.unified
         readers = [Reader(engine.submit(prompt[:SHORT], greedy), [], half) for prompt in prompts]
         threads = [threading.Thread(target=reader) for reader in readers]
         for thread in threads:
@@ -156,5 +158,6 @@ def run(inside: InProcess, arm: str, case: Case) -> Measured:
         "p99_over_median": p99 / median(gaps),
         "arrives_after": ARRIVES,
         "reader_prompt_tokens": SHORT,
+        "began_unified": float(began_unified),
     }
     return Measured(0.0, last - first, settings, detail)

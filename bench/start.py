@@ -16,7 +16,7 @@ from bench import harness
 from bench.arms import InProcess
 from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, cases_of
-from bench.options import add_model, add_run, choose
+from bench.options import add_file, add_run, choose
 from bench.posting import posted
 from bench.serving import ServerProcess, WrongAnswer
 from bench.targets import Target, median_detail
@@ -39,9 +39,9 @@ TARGETS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, model="smollm2-135m")
+    add_file(parser, "smollm2-135m")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
-    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+    parser.set_defaults(kv="the server's own choice", sampling="default")
     add_run(parser, repeats=5)
 
 
@@ -83,6 +83,8 @@ def run(command: Callable[[Case], list[str]], case: Case) -> Measured:
     import psutil
 
     words = [*command(case), "--host", HOST, "-t", str(case.n_threads)]
+    if case.n_gpu_layers >= 0:
+        words += ["-ngl", str(case.n_gpu_layers)]
     began = time.perf_counter()
     server = ServerProcess(words, cache_folder("logs") / "start.log")
     try:

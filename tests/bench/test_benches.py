@@ -98,6 +98,7 @@ def test_stall_says_by_its_status_whether_chunks_bound_the_stall(
         assert 0 < detail["itl_p99_s"] <= detail["itl_max_s"] < record.t_tg
         assert detail["p99_over_median"] == detail["itl_p99_s"] / detail["itl_median_s"]
         assert detail["arrives_after"] == stall.ARRIVES
+        assert detail["began_unified"] == 1 or record.arm == stall.ENGINE
     figures = [target.measured(records) for target in stall.TARGETS]
     over = [record.detail["p99_over_median"] for record in records[:2]]
     assert figures == [*over, records[2].detail["itl_p99_s"]]

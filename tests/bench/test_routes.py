@@ -1,11 +1,13 @@
 """A fleet with common prefixes, but for the fleet itself: pytest -m ray tests/cluster."""
 
 import argparse
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from bench import routes
+from bench.__main__ import main
 from bench.case import Case
 from bench.routes import AFFINITY, LIVE, SIMULATED, TURN_BY_TURN
 from pyllamabatch.llama.model import Model
@@ -38,12 +40,27 @@ def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     )
     assert affinity.detail["hit_rate"] > 1.5 * turns.detail["hit_rate"]
     assert affinity.t_tg < turns.t_tg
+    assert affinity.settings == {"n_kv_max": routes.N_CELLS}
+    assert affinity.detail["other_cpu"] == 0  # whatever else runs
     assert sum(r.n_prompt for r in routes.trace(routes.order(1))) == routes.N_PROMPTS
+
+
+def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "spec_on", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="live-2-random"):
+        main(["routes", "--model", "default", "--arms", "live-2-random"])
+
+
+def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:
+    options = argparse.Namespace(replicas=3, machine="")
+    words = routes.serve(options, AFFINITY, replace(case, n_gpu_layers=7))
+    assert words[words.index("-ngl") + 1] == "7"
+    assert "-ngl" not in routes.serve(options, AFFINITY, replace(case, n_gpu_layers=-1))
 
 
 def test_figures_compare_live_and_simulated() -> None:
     rows = [
-        row(routes.arm_name(kind, router), 8, speed, hit_rate=rate)
+        row(routes.Variant(kind, router).name, 8, speed, hit_rate=rate)
         for kind, router, rate, speed in (
             (LIVE, TURN_BY_TURN, 0.4, 100.0),
             (LIVE, AFFINITY, 0.8, 200.0),
@@ -56,3 +73,5 @@ def test_figures_compare_live_and_simulated() -> None:
     missed = [target.missed_by(rows) for target in routes.TARGETS]
     assert missed == [False, False, True, False, True]
     assert [target.measured(rows[:1]) for target in routes.TARGETS] == [None] * 5
+    for one, four in zip(rows, routes.variants(4), strict=True):
+        assert one.arm != four.name
