@@ -45,7 +45,8 @@ class StepCalls:
         if self._trace is not None:
             prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in call.chunks]
             used = self._scheduler.accounting.used
-            self._trace.begin(first, call.n_rows, used, call.decode, prompts, call.reasons)
+            rows = call.n_rows, used, call.decode
+            self._trace.begin(first, *rows, prompts, call.reasons, call.n_fill)
         self._running = call, first
         if self._drafts is not None:
             set_drafts(self._drafts, call)

@@ -38,7 +38,8 @@ class StepRecorder:
         self.trace.idle_ns = round((now - self._end) * 1e9) if self._n else 0
         prompts = [(chunk.slot, 1 + chunk.id, chunk.n) for chunk in step.chunks]
         reasons = {1 + id: text for id, text in step.reasons.items()}
-        self.trace.begin(self._n, step.n_rows, kv_used, step.decode, prompts, reasons)
+        rows = step.n_rows, kv_used, step.decode
+        self.trace.begin(self._n, *rows, prompts, reasons, step.n_fill)
 
     def ended(
         self, step: Step, start: float, ends: F64, n_filled: int, steps: Steps | None

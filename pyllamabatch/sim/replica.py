@@ -393,7 +393,7 @@ class SimulatedReplica:
         self._call = _InFlight(step, now, ends, held, steps)
         if self.recorder is not None:
             shapes = scheduler.attention.shapes(step, 1.0)
-            self._call.n_filled = sum(rows for rows, *_ in shapes) - step.n_rows
+            self._call.n_filled = sum(rows for rows, *_ in shapes) - step.n_rows - step.n_fill
             self.recorder.begin(step, now, scheduler.accounting.used)
 
     # -- inside

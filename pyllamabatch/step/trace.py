@@ -37,7 +37,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
     - filled: rows of other sequences beside these, whose output is not read (`Stepper`'s gap_max,
-      and `Padding`).
+      and `Padding`). prompt_filled: rows that make prompts as long as others, so that they are
+      computed together (`Neighbours`).
     - drafted: rows of drafted tokens, which are among `decode_rows`; accepted: of these, rows that
       were right and stay.
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
@@ -51,7 +52,10 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     return np.dtype(
         [
             *((name, np.int64) for name in ("t_start_ns", *TIMES, "python_ns", "run", "kv_used")),
-            *((name, np.int32) for name in (*_COUNTS, "reused", "code", "on_device")),
+            *(
+                (name, np.int32)
+                for name in (*_COUNTS, "prompt_filled", "reused", "code", "on_device")
+            ),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
             ("reasons", object),
@@ -65,6 +69,7 @@ class _Call(NamedTuple):
 
     first: int  # the number of its first step
     n_rows: int
+    n_fill: int
     kv_used: int  # before
     idle_ns: int  # before
     decode: I32  # slots
@@ -101,11 +106,12 @@ class StepTrace:
         decode: I32,
         prompts: Sequence[Prompt] = (),
         reasons: Mapping[int, str] = NO_REASONS,
+        n_fill: int = 0,
     ) -> None:
         """The steps from number `first` on decode these slots, and the first has rows of prompts.
 
-        kv_used: cells that are held before it. reasons: the policy's, by request id. `decode` must
-        not change afterwards."""
+        kv_used: cells that are held before it. reasons: the policy's, by request id. n_fill: rows
+        that fill up prompts, which are not among `n_rows`. `decode` must not change afterwards."""
         calls, idle_ns, preempted = self._calls, self.idle_ns, self.preempted
         # The decoding slots are one array as long as none comes or goes: so are their ids.
         same = calls and calls[-1].decode is decode
@@ -114,7 +120,7 @@ class StepTrace:
             nothing = calls.pop()
             idle_ns, preempted = idle_ns + nothing.idle_ns, {**nothing.preempted, **preempted}
         calls.append(
-            _Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts, reasons, preempted)
+            _Call(first, n_rows, n_fill, kv_used, idle_ns, decode, ids, prompts, reasons, preempted)
         )
         self.idle_ns = 0
         self.preempted = {}
@@ -180,6 +186,7 @@ def _fill(
     table["reused"] = reused[-n:]
     table["sampled"] = steps["n_results"]
     table["filled"] = steps["n_filled"]
+    table["prompt_filled"] = each(call.n_fill for call in calls)
     table["drafted"] = steps["n_drafted"]
     table["accepted"] = steps["n_accepted"]
     rows = each(call.n_rows for call in calls)
@@ -219,7 +226,7 @@ def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
 
 
 _ENGINE, _REQUESTS = 1, 2  # "processes": groups of tracks
-_ARGUMENTS = (*_COUNTS, "kv_used", "reused", "run", "code")
+_ARGUMENTS = (*_COUNTS, "prompt_filled", "kv_used", "reused", "run", "code")
 
 
 def _names(trace: Trace) -> Iterator[dict[str, Any]]:

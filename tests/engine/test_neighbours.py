@@ -38,6 +38,7 @@ def test_no_token_and_no_cell_is_another_one(name: str, prefix_cache: bool) -> N
         Checked(engine)
         results = engine.generate(prompts, [greedy(n) for n in BUDGETS])
         check_idle(engine)
+        trace = engine.trace()
     assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
     (two,) = (step for step in steps if len(step.chunks) == 2)
     first, second = sorted(chunk.slot for chunk in two.chunks)
@@ -46,3 +47,4 @@ def test_no_token_and_no_cell_is_another_one(name: str, prefix_cache: bool) -> N
     assert second == first + 1
     assert two.n_fill == abs(two.chunks[0].n - two.chunks[1].n) > 0
     assert len(two.parts()) == 1
+    assert sorted(trace["prompt_filled"].tolist())[-2:] == [0, two.n_fill]

@@ -56,10 +56,11 @@ class Recorder:
         slots: Sequence[int],
         prompts: Sequence[Prompt] = (),
         first: int | None = None,
+        n_fill: int = 0,
     ) -> None:
         n_rows = len(slots) + sum(n for _, _, n in prompts)
         number = self.n if first is None else first
-        self.made.begin(number, n_rows, kv_used, np.array(slots, np.int32), prompts)
+        self.made.begin(number, n_rows, kv_used, np.array(slots, np.int32), prompts, n_fill=n_fill)
 
     def record(
         self, kv_used: int, slots: Sequence[int], table: Trace, prompts: Sequence[Prompt] = ()
@@ -97,6 +98,21 @@ def test_the_record_of_a_step_and_of_a_run() -> None:
     assert phases(trace).tolist() == [100] * 4
     end = trace["t_start_ns"][-1] + 100
     assert phases(trace).sum() + trace["python_ns"].sum() + 300 == end - trace["t_start_ns"][0]
+
+
+def test_rows_that_fill_up_prompts_are_told_apart() -> None:
+    recorder = Recorder(16, 4)
+    recorder.begin(30, [0, 3], [(1, 9, 6), (2, 8, 4)], n_fill=2)
+    steps = StepTable(1)
+    recorder.made.add_steps(steps)
+    steps.table[:], steps.n = native(1000, 1), 1
+    recorder.n += 1
+    recorder.record(42, [0, 3], native(2000, 2))
+    trace = recorder.table()
+    assert trace["prompt_filled"].tolist() == [2, 0, 0]
+    assert trace["filled"].tolist() == [0, 0, 0]
+    assert trace["rows"].tolist() == [12, 2, 2]
+    assert trace["prefill_rows"].tolist() == [10, 0, 0]
 
 
 def test_a_step_that_failed_is_there_and_took_no_cells() -> None:

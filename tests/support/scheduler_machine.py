@@ -61,6 +61,7 @@ class Machine:
         self.generated: dict[int, int] = {}
         self.ends: dict[int, int] = {}
         self.owner: dict[int, int] = {}
+        self.filled: dict[int, int] = {}  # by slot: where rows begin that no sequence reads
         self.first_rows: list[int] = []
         self.done: list[int] = []
         self.moved: Counter[str] = Counter()
@@ -187,6 +188,10 @@ class Machine:
         """The operations; default: those that were decided since the last step."""
         for operation in self.scheduler.take_kv_operations() if operations is None else operations:
             self.moved[operation.kind] += 1
+            if operation.kind == "trim" and operation.slot in self.filled:
+                assert operation.n == self.filled.pop(operation.slot)
+                continue
+            assert not self.filled.keys() & {operation.slot, operation.source}
             if operation.kind == "pool":
                 assert self.pool is not None
                 assert not self.owner
@@ -201,6 +206,8 @@ class Machine:
             assert self.owner.pop(slot) == id
         moved = {id: self.memory.tokens(source) for id, source, _ in step.moved}
         self.carry_out(step.kv_operations)
+        assert not self.filled
+        self.filled = {chunk.slot: chunk.start + chunk.n for chunk in step.chunks if chunk.fill}
         for id, source, slot in step.moved:
             assert self.owner.pop(source) == id
             assert slot not in self.owner
@@ -231,6 +238,7 @@ class Machine:
             assert self.memory.held(chunk.slot) == chunk.start
             known = len(self.tokens[chunk.id])
             assert self._grow(chunk.slot, chunk.n) == chunk.start + chunk.n < known
+            assert chunk.start + chunk.n + chunk.fill <= self.limits.n_cells_seq
         sampled = [self.owner[slot] for slot in step.decode.tolist()]
         assert len(sampled) == len(set(sampled))
         for id, slot in zip(sampled, step.decode.tolist(), strict=True):
