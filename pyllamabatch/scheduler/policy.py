@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
@@ -47,11 +48,11 @@ class Verdict(Enum):
 
 
 class Mix(Enum):
-    """Who has rows in a step, where some sequences decode and others have prompts to compute."""
+    """What a step computes, where some sequences decode and others have prompts to compute."""
 
-    BOTH = "both"  # those that decode, first of all, and prompts beside them
-    PROMPTS = "prompts"  # prompts; those that decode only if no prompt has any
-    DECODES = "decodes"  # those that decode, if there are any, in one step
+    BOTH = "both"  # decodes, first of all, and prompts beside them
+    PROMPTS = "prompts"  # prompts; decodes only if no prompt has a row
+    DECODES = "decodes"  # decodes, if there are any, in one step
 
 
 @dataclass(slots=True)
@@ -87,6 +88,20 @@ class PlanBuilder:
         """Slots for newcomers."""
         return self.view.limits.n_seq_max - self.n_running
 
+    @property
+    def n_rows(self) -> int:
+        """That were given until now."""
+        n = len(self.view.decoding - self.preempt.keys()) if self.decode_all else 0
+        return n + sum(self.tokens.values())
+
+    def prompts(self) -> list[tuple[SequenceView, int]]:
+        """Those that compute their prompt in this step, and how many rows each has; not one with
+        its last token alone: that is a decode."""
+        found = [
+            (seq, self.tokens.get(seq.id, 0)) for seq in chain(self.view.prefilling, self.admitted)
+        ]
+        return [(seq, n) for seq, n in found if n > 1 or 0 < n < seq.remaining]
+
     def ask_again(self, at: float) -> None:
         """By an admit part that says no now and may say yes `at` that time."""
         self.wake = at if self.wake is None else min(self.wake, at)
@@ -115,6 +130,15 @@ class PlanBuilder:
     def give_all_decodes(self) -> None:
         self.decode_all = True
         self._take(len(self.view.decoding))
+
+    def drop_decodes(self) -> None:
+        """But those of the last token of a prompt."""
+        running, decoding = self.view.running, self.view.decoding
+        new = running.column("id")[running.column("generated") == 0].tolist()
+        ends = [id for id in new if id in decoding and (self.decode_all or id in self.tokens)]
+        self.tokens = {id: n for id, n in self.tokens.items() if id not in decoding}
+        self.tokens |= {id: 1 for id in ends if id not in self.preempt}
+        self.decode_all = False
 
     def _take(self, n: int) -> None:
         self.rows -= n
@@ -188,11 +212,11 @@ class Budget(Protocol):
 
 
 class Mixing(Protocol):
-    """Who has rows in this step, of which there may be `rows`. It may depend on earlier answers,
-    where some sequences decode and others have prompts to compute; else the answer is BOTH, at each
-    of the steps of a plan."""
+    """What of a plan of decodes and prompts is computed in this step: both, its prompts, with the
+    rows that they have in it, or its decodes. It may depend on earlier answers; where it has no
+    prompts the answer is BOTH, at each of the steps of the plan."""
 
-    def __call__(self, view: StepView, rows: int) -> Mix: ...
+    def __call__(self, builder: PlanBuilder) -> Mix: ...
 
 
 class ChunkSize(Protocol):

@@ -14,6 +14,7 @@ counters. Counters live in arrays by slot, so that a step of pure decoding costs
 sequence; views are made when a policy looks at them."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..cost.step_cost import StepCost
@@ -73,7 +74,7 @@ class Scheduler:
         n_slots = limits.n_seq_max + kv.sharing.n_cached
         # Streams for what is cached are beside those of the limits.
         self._n_cells_behind = 0 if limits.unified else kv.sharing.n_cached * limits.n_cells_seq
-        self.limits = limits
+        self.limits = limits if kv.invariance is None else replace(limits, behind=False)
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
         self._pool = kv.pool
         self.invariance = kv.invariance

@@ -48,7 +48,7 @@ class StepBuilder:
         self.neighbours = Neighbours(
             limits,
             admission.swap.stream_seconds,
-            possible=sharing.trim and (sharing.tries or not sharing.window) and invariance is None,
+            possible=sharing.trim and (sharing.tries or not sharing.window),
             moves=sharing.copy_whole,
         )
         self._limits = limits
@@ -160,9 +160,8 @@ class StepBuilder:
         return tuple(chunks), last
 
     def _comes_behind(self, n_wait: int, n_others: int) -> bool:
-        if self.cost is None or self.invariance is not None:
-            return False
-        return comes_behind(self._limits, self.cost, n_wait, n_others)
+        cost = self.cost
+        return cost is not None and comes_behind(self._limits, cost, n_wait, n_others)
 
     def _sits_out(self, rows: CheckedRows, last: list[int]) -> list[int]:
         """Slots of sequences that decode, and not in this step."""

@@ -86,7 +86,7 @@ COST = Linear(1.0, 0.1)
 
 @pytest.mark.parametrize("policy", [device_aware(), slo()])
 def test_the_first_token_that_is_due_soonest_comes_first(policy: Policy) -> None:
-    late, soon = waiting(2, 20, ttft_target=90.0), waiting(3, 20, ttft_target=9.0)
+    late, soon = waiting(2, 20, ttft_target=8.5), waiting(3, 20, ttft_target=6.0)
     assert tokens(policy, LONG, late, soon) == {3: 20, 2: 20, 1: 24}
     assert tokens(policy, LONG, waiting(4, 20)) == {1: 64}
     assert tokens(policy, late, soon, waiting(4, 20, priority=1)) == {4: 20, 3: 20, 2: 20}
@@ -105,6 +105,22 @@ def test_nothing_else_is_computed_that_would_make_a_first_token_late(policy: Pol
     assert tokens(policy, LONG, soon, cost=COST, now=4.5) == {2: 20}  # 3 s
     assert tokens(policy, LONG, soon, cost=COST, now=4.6) == {2: 20, 1: 44}  # late in any case
     assert tokens(policy, LONG, soon) == {2: 20, 1: 44}
+
+
+@pytest.mark.parametrize("policy", [device_aware(), slo()])
+def test_what_can_not_start_yet_holds_nothing_up(policy: Policy) -> None:
+    soon = waiting(2, 20, ttft_target=6.3)
+    pending = soon._replace(prefix=Prefix(pending=15))
+    assert tokens(policy, LONG, pending, cost=COST, now=2.0) == {1: 64}
+    full = LIMITS.__class__(64, 16, 4, n_cells=210, n_cells_seq=210)
+    assert tokens(policy, LONG, soon, cost=COST, now=2.0, limits=full) == {1: 64}
+
+
+def test_prompts_in_turn_with_decodes_leave_them_time_within_their_target() -> None:
+    streams = Limits(64, 64, 8, 8 * 400, 400, unified=False)
+    readers = [decoding(id, itl_target=5.0) for id in range(4)]
+    found = tokens(device_aware(), *readers, waiting(9, 100), cost=COST, limits=streams)
+    assert found == {9: 36}  # and then 4 more rows: 5 s
 
 
 def test_a_first_token_that_is_due_keeps_the_targets_of_others() -> None:

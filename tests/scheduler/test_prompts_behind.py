@@ -6,9 +6,9 @@ import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Scheduler
 from tests.support.made_up_costs import Linear
-from tests.support.scheduler_machine import Machine
+from tests.support.scheduler_machine import STEP_SECONDS, Machine
 
 STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
 NEVER = replace(STREAMS, behind=False)
@@ -75,3 +75,34 @@ def test_none_moves_away_for_newcomers_that_are_computed_apart(n_new: int, n_mov
     assert len(step.admitted) == n_new
     assert (step.behind, len(step.moved)) == (n_new == 2, n_moved)
     assert step.n_fill == n_moved
+
+
+def test_prompts_that_would_wait_longer_together_than_a_graph_takes_come_first() -> None:
+    """Each alone would be computed behind the others."""
+    machine = Machine(STREAMS, cost=steps_of(5e-3), sharing=Sharing(copy_whole=True, trim=True))
+    for id in range(4):
+        machine.add(id, 2, 40)
+    for _ in range(4):
+        machine.next_step()
+    for id in range(5, 8):
+        machine.add(id, 10, 40)
+    steps = [machine.next_step() for _ in range(2)]
+    assert [(len(s.decode), len(s.chunks), s.behind) for s in steps] == [
+        (3, 3, False),
+        (7, 0, False),
+    ]
+
+
+def test_nor_do_first_tokens_wait_where_rows_may_have_no_neighbours() -> None:
+    kv = KvOptions(Sharing(trim=True, grid=64), invariance=Invariance.assumed(64, 8))
+    scheduler = Scheduler(STREAMS, kv=kv, cost=steps_of(9e-3))
+    for id in range(4):
+        scheduler.add(id, 2, 40, arrival=0.0)
+    for i in range(4):
+        step = scheduler.plan(i * STEP_SECONDS)
+        assert step is not None
+        scheduler.advance(step, 1, (i + 1) * STEP_SECONDS)
+    scheduler.add(9, 10, 40, arrival=4 * STEP_SECONDS)
+    step = scheduler.plan(4 * STEP_SECONDS)
+    assert step is not None
+    assert (len(step.decode), len(step.chunks)) == (1, 1)

@@ -252,6 +252,15 @@ def test_a_target_brings_the_first_token_sooner(policy: Callable[[], Policy]) ->
     assert first(ttft_target=2.0)[0] > aimed  # there is time for more
 
 
+def test_a_flood_of_targets_does_not_hold_back_one_without_for_ever() -> None:
+    flood = draw("closed:clients=8,n=300,prompt=100,output=20", 1)
+    late = [replace(request, ttft_target=0.5) for request in flood]
+    alone = one(1000, 1.0, 50, 5)
+    found = {o.id: o for o in simulate([*late, alone], machine(), device_aware).outcomes}
+    assert found[1000].ttft < 11.0
+    assert max(o.end for o in found.values()) > 30.0
+
+
 def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
     requests = [one(1, 0.0, 5000, 5), one(2, 0.25, 10, 5, after=1), one(3, 0.0, 10, 5)]
     run = simulate(requests, machine())

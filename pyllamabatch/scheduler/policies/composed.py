@@ -31,7 +31,8 @@ class ComposedPolicy:
     - width: without it all that decode do so at every step.
     - speculate: without it no sequence has drafted tokens in a step. It is asked only where
       drafts are possible, and all that decode have a row.
-    - mix: who has rows in a step, always the same or asked before each.
+    - mix: what is computed in a step: always the same, or asked when decodes and prompts
+      are planned.
     - ended: see `Policy`."""
 
     order: Order = first_come
@@ -47,21 +48,28 @@ class ComposedPolicy:
 
     def plan(self, view: StepView) -> Plan:
         rows = min(self.budget(view), view.limits.n_batch)
-        mix = self.mix if isinstance(self.mix, Mix) else self.mix(view, rows)
-        if mix is Mix.DECODES and len(view.decoding):
-            rows = min(rows, len(view.decoding))
         builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
-        if mix is Mix.PROMPTS:
+        prompts_first = self.mix is Mix.PROMPTS
+        if prompts_first:
             self._end_prompts(builder)
         else:
             self._decode(builder)
         if len(view.prefilling) or len(view.waiting):
             builder = self._advance_others(builder)
-        if mix is Mix.PROMPTS:
+        if prompts_first:
             if builder.tokens:  # of prompts: the next step has other rows
                 return builder.plan()
             self._decode(builder)
-        if not builder.steady or mix is Mix.DECODES:  # prompts wait: the next step is another one
+        elif self.mix is not Mix.BOTH:
+            mix = self.mix if isinstance(self.mix, Mix) else self.mix(builder)
+            if mix is Mix.DECODES and len(view.decoding):
+                builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
+                self._decode(builder)
+                return builder.plan()
+            if mix is Mix.PROMPTS and builder.prompts():
+                builder.drop_decodes()
+                return builder.plan()
+        if not builder.steady:
             return builder.plan()
         repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
         sit_out: Set[int] = frozenset()

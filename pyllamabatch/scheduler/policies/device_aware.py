@@ -1,10 +1,11 @@
 """The default: as many tokens a second as the device gives, first tokens soon, no long stall.
 
 Prompts are computed as soon as they come: the sooner they are, the more sequences decode together.
-Those with a `ttft_target` go before the others, the soonest due first, and nothing is computed
-beside them that would make them late. A step takes no longer than `stall` seconds for that, or than
-the ITL target of a request that has one, by the cost model. And sequences decode in turns where
-several narrow steps are faster than a wide one (`width`)."""
+The one whose first token is due soonest goes first, as if each without a `ttft_target` were due ten
+seconds after its arrival, and nothing is computed beside one with a target that would make it late.
+A step takes no longer than `stall` seconds for that, or than the ITL target of a request that has
+one, by the cost model. And sequences decode in turns where several narrow steps are faster than a
+wide one (`width`)."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from math import isinf
 from pyllamabatch.cost.step_cost import StepCost
 
 from ..padding import comes_behind
-from ..policy import Mix
+from ..policy import Mix, PlanBuilder
 from ..view import StepView
 from .composed import ComposedPolicy
 from .parts import (
@@ -24,7 +25,7 @@ from .parts import (
     UntilDue,
     WhenItFits,
     WithinTarget,
-    first_token_due,
+    next_due,
     soonest_due,
 )
 from .speculate import ByGain
@@ -52,8 +53,8 @@ class PromptsSoon:
         cost, least = view.cost, self.within.least
         if rows - n <= least or not measured(cost) or not cost.layout_measured:
             return rows
-        first = next(iter(soonest_due(view)), None)
-        if first is None or not isinf(first_token_due(first)):  # that one is not to be late
+        first, due = next_due(view)
+        if first is None or not isinf(due):  # that one is not to be late
             return rows
         return n + cheapest(view, cost, rows - n, least, least_gain(cost, self.gain))
 
@@ -97,16 +98,20 @@ class Alternately:
     def __init__(self) -> None:
         self._prompts = False  # the step before was theirs
 
-    def __call__(self, view: StepView, rows: int) -> Mix:
+    def __call__(self, builder: PlanBuilder) -> Mix:
+        view, cost = builder.view, builder.view.cost
         before, self._prompts = self._prompts, False
-        n, cost = len(view.decoding), view.cost
-        if view.limits.unified or n == 0 or cost is None:
+        prompts = builder.prompts()
+        if view.limits.unified or cost is None or not prompts:
             return Mix.BOTH
-        first = next(iter(soonest_due(view)), None)
-        if first is None or comes_behind(view.limits, cost, first.remaining <= rows - n, n):
+        if before:
+            return Mix.DECODES
+        n_wait = sum(n == seq.remaining and seq.goal in (None, seq.known) for seq, n in prompts)
+        n_others = builder.n_rows - sum(n for _, n in prompts)
+        if not n_others or comes_behind(view.limits, cost, n_wait, n_others):
             return Mix.BOTH
-        self._prompts = not before
-        return Mix.PROMPTS if self._prompts else Mix.DECODES
+        self._prompts = True
+        return Mix.PROMPTS
 
 
 def device_aware(

@@ -54,8 +54,13 @@ def first_token_due(seq: SequenceView) -> float:
     return inf if seq.ttft_target is None else seq.arrival + seq.ttft_target
 
 
+# In the order of those that are due, a sequence without a target has this one, and none has a later
+# one: so long attention is held (Nielsen, 1993). So no flood of targets overtakes it for ever.
+PATIENT_SECONDS = 10.0
+
+
 def by_first_token(seq: SequenceView) -> tuple[int, float]:
-    return -seq.priority, first_token_due(seq)
+    return -seq.priority, min(first_token_due(seq), seq.arrival + PATIENT_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,16 @@ class MostUrgent:
 
 
 soonest_due = MostUrgent(by_first_token)  # and among equals as they came
+
+
+def next_due(view: StepView) -> tuple[SequenceView | None, float]:
+    """The first of these that can go on now, and `first_token_due` of it: not one whose prefix is
+    being computed; and with no cells for the first that waits, one that runs."""
+    room = view.kv.free - view.kv.promised
+    first = next((seq for seq in soonest_due(view) if not seq.prefix.pending), None)
+    if first is not None and not first.running and first.prefix.cells + first.remaining > room:
+        first = next(iter(view.prefilling.by(by_first_token)), None)
+    return first, inf if first is None else first_token_due(first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +258,7 @@ class UntilDue:
         rows, n = self.budget(view), len(view.decoding)
         if view.cost is None or not (len(view.prefilling) or view.can_admit):
             return rows
-        first = next(iter(soonest_due(view)), None)
-        due = inf if first is None else first_token_due(first)
+        first, due = next_due(view)
         if first is None or isinf(due) or first.remaining >= rows - n:
             return rows
         least, seconds = first.remaining, self.margin * (due - view.now)
