@@ -3,8 +3,7 @@
 Where every sequence has a stream of cells, prompts are computed together only if their slots follow
 each other and they have the same number of rows. On a device a call costs so much that it pays to
 fill up the shorter ones with rows that no sequence reads, which are taken out again, and to give
-newcomers of one step slots in a row, from which sequences that decode move away.
-"""
+newcomers of one step slots in a row, from which sequences that decode move away."""
 
 from collections.abc import Sequence
 
