@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import StepCost
-from pyllamabatch.scheduler import Limits, StepView
+from pyllamabatch.scheduler import Limits, SequenceView, StepView
 from pyllamabatch.scheduler.policies.device_aware import PromptsSoon
 from pyllamabatch.scheduler.policies.parts import WithinTarget, most_within
 from tests.support import views
@@ -86,3 +86,16 @@ def test_a_prompt_in_a_pool_comes_in_rows_that_cost_least() -> None:
     vague = Dear()
     vague.error = (2.0, 4.0)
     assert rows(vague) == 64
+
+
+def test_those_that_all_were_preempted_have_readers_too() -> None:
+    limits = Limits(64, 64, 8, 4000, 4000)
+
+    def rows(*sequences: SequenceView) -> int:
+        view = views.view_of(*sequences, limits=limits, cost=Dear())  # 50 rows of prompts a second
+        return WithinTarget(itl=1.0)(view)
+
+    new, preempted = views.waiting(9, 300), views.waiting(1, 5, generated=3)
+    assert rows(new) == rows(views.prefilling(2, 300, 10), new) == 64
+    assert rows(preempted, new) == rows(views.prefilling(1, 5, 2, generated=3), new) == 50
+    assert rows(preempted, preempted._replace(id=2, itl_target=0.5), new) == 25

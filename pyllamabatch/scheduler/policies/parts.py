@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import ArgumentError
 from ..policy import Budget, Order, PlanBuilder, Verdict
+from ..queue import itl_target
 from ..view import SequenceView, StepView
 
 # A sequence that was not admitted is not admitted later either, unless another one leaves: decoding
@@ -167,6 +168,11 @@ when_it_fits = WhenItFits()
 # -- budget
 
 
+def has_first_token(seq: SequenceView) -> bool:
+    """Its reader waits for the next token, be it preempted or not."""
+    return seq.generated > 0
+
+
 def whole_batch(view: StepView) -> int:
     return view.limits.n_batch
 
@@ -209,9 +215,10 @@ class WithinTarget:
     """Rows of a step: those that decode, and as many of prompts as keep its predicted time within a
     target; `least` rows of prompts in any case.
 
-    The target is `margin` times the smallest ITL target of the running sequences. For those without
-    one it is `itl` seconds, or `stretch` times what the decoding rows take alone if that is longer.
-    `otherwise`: where there is no cost model, or no target."""
+    The target is `margin` times the smallest ITL target of the running sequences. Where none of
+    them decodes it is that of those whose tokens are computed again after they were preempted. For
+    those without one it is `itl` seconds, or `stretch` times what the decoding rows take alone if
+    that is longer. `otherwise`: where there is no cost model, or no target."""
 
     otherwise: Budget = token_budget
     itl: float = STALL_SECONDS
@@ -231,14 +238,19 @@ class WithinTarget:
 
     def __call__(self, view: StepView) -> int:
         n = len(view.decoding)
-        if n == 0 or not (len(view.prefilling) or view.can_admit):
+        if not (len(view.prefilling) or view.can_admit):
             return view.limits.n_batch
         if view.cost is None:
             return self.otherwise(view)
         targets = view.running.itl_targets()
+        if n == 0:  # those whose tokens are computed again have readers, too
+            again = chain(view.prefilling, view.waiting.split(has_first_token).get(True, ()))
+            targets = sorted(itl_target(seq) for seq in again if has_first_token(seq))
+            if not targets:
+                return view.limits.n_batch
         target = targets[0]
         if self.itl < target and targets[-1] == inf:
-            alone = view.cost.predict(n, 0, view.kv.attended, n)
+            alone = view.cost.predict(n, 0, view.kv.attended, n) if n else 0.0
             target = min(target, max(self.itl, self.stretch * alone))
         if target == inf:
             return self.otherwise(view)
