@@ -1,6 +1,7 @@
 """FleetRouter: a router of the scheduler's as Ray Serve's `RequestRouter`."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -9,6 +10,11 @@ from ..scheduler.router import BYTES_PER_TOKEN, PrefixAffinity, ReplicaView, Rou
 from .call import RoutedCall
 
 DEFAULT = "prefix-affinity"
+
+
+def seen_of(n_open: int, said: Mapping[str, Any]) -> ReplicaView:
+    """`said`: by a replica, maybe of another version of this package."""
+    return ReplicaView(n_open, said.get("wait", 0.0), said.get("row_seconds", 0.0))
 
 
 class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
@@ -37,7 +43,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         n_open = self._n_open()
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
         seen = {
-            name: ReplicaView(n_open[name], **(replica.routing_stats or {}))
+            name: seen_of(n_open[name], replica.routing_stats or {})
             for name, replica in replicas.items()
         }
         call: RoutedCall = pending_request.args[0]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from pyllamabatch import SamplingParams
@@ -96,6 +97,22 @@ def test_scales_for_all_requests_are_refused() -> None:
     response = asked(None, "POST", "/lora-adapters", json=[{"id": 0, "scale": 0.5}])
     assert response.status_code == 501
     assert '"lora"' in response.json()["error"]["message"]
+
+
+def test_replicas_of_other_versions_are_routed_to() -> None:
+    from pyllamabatch.cluster.router import FleetRouter
+
+    router: Any = FleetRouter.__new__(FleetRouter)
+    router.initialize_state()
+    said = {"old": {"wait_s": 1.0}, "new": {"wait": 1.0, "row_seconds": 0.1, "later": 2}, "": None}
+    replicas = [SimpleNamespace(replica_id=id, routing_stats=said[id]) for id in said]
+    request = SimpleNamespace(
+        metadata=SimpleNamespace(internal_request_id="a"),
+        args=[SimpleNamespace(prompt=lambda: np.arange(9, dtype=np.int32), key="")],
+        future=SimpleNamespace(cancelled=lambda: False),
+    )
+    ranked = asyncio.run(router.choose_replicas(replicas, request))
+    assert {one.replica_id for (one,) in ranked} == set(said)
 
 
 def test_what_all_replicas_are_asked_is_no_open_request() -> None:

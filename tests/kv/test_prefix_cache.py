@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.kv import Hit, KvAccounting, PrefixCache, Sharing
+from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.kv.sharing import MIN_PREFIX, NO_HIT
 from tests.support.cells import Cells
@@ -114,6 +114,10 @@ def test_what_ended_is_found_again() -> None:
     assert rig.accounting.used == 60
     assert rig.start(other, space="another")[1] == NO_HIT
     assert rig.start(text(2, 50))[1] == NO_HIT
+    rig = Rig(UNIFIED)
+    source = rig.run(tokens)
+    slot = rig.cache.start(7, Hit(source, 20))
+    assert rig.cache.kv_operations == [KvOperation("copy", slot, source, 20, id=7)]
 
 
 def test_the_last_token_is_always_computed() -> None:

@@ -292,7 +292,9 @@ def test_a_saved_sequence_continues_elsewhere(
         same_context = first.greedy(logits, seq=2, pos=len(PROMPT))
 
         second.feed(OTHER, seq=0)
-        assert second.context.state_seq_load(tmp_path / "state", 1).tolist() == PROMPT
+        loaded = second.context.state_seq_load(tmp_path / "state", 1)
+        assert loaded.dtype == np.int32
+        assert loaded.tolist() == PROMPT
         new_context = second.greedy(logits, seq=1, pos=len(PROMPT))
     limit = tolerance(architecture.name)
     for restored in (same_context, new_context):
