@@ -116,6 +116,10 @@ class EngineCore:
         raises what that fails with. Raises as `CommandQueue.ask`."""
         self.commands.ask(partial(self._act, act, call), more=more)
 
+    def call_without_cells(self, act: Callable[[Call], None], call: Call) -> None:
+        """`call`, but what was given up is not needed for it."""
+        self.commands.ask(partial(self._act, act, call, cells=False))
+
     def call_for_token(self, act: Callable[[Call], None], call: Call) -> None:
         """`call`, which asks for a token. While no other thread leads, the caller does, until the
         call is finished. A signal's handler may raise then, behind the step."""
@@ -408,9 +412,9 @@ class EngineCore:
 
     # -- commands
 
-    def _act(self, act: Callable[[Call], None], call: Call) -> None:
+    def _act(self, act: Callable[[Call], None], call: Call, *, cells: bool = True) -> None:
         try:
-            if (problem := self._grow()) is not None:
+            if cells and (problem := self._grow()) is not None:
                 call.finish(error=problem)
                 return
             act(call)

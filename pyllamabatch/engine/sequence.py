@@ -237,7 +237,7 @@ class Sequence:
             self._closed = True
             self._finalizer.detach()
             with suppress(ClosedError):  # the engine has done it
-                self._call(self._sink.close_for)
+                self._call(self._sink.close_for, self._core.call_without_cells)
 
     def __enter__(self) -> Sequence:
         return self
@@ -312,4 +312,4 @@ class Sequence:
 
 def _forget(core: EngineCore, sink: InteractiveSink) -> None:
     with suppress(EngineClosed):
-        core.call(sink.close_for, Call())
+        core.call_without_cells(sink.close_for, Call())

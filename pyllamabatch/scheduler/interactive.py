@@ -34,7 +34,8 @@ class Interactive:
         known = view.known + n
         self._check_fits(known, 1)
         self._learn(id, now)
-        more = view._replace(n_prompt=view.n_prompt + n, goal=known - 1)
+        arrival = view.arrival if now is None else now
+        more = view._replace(n_prompt=view.n_prompt + n, goal=known - 1, arrival=arrival)
         self._sequences.update(entry, more)
 
     def ask(self, id: int, now: float | None = None) -> None:
@@ -43,7 +44,8 @@ class Interactive:
         view = self._sequences.running.seen(entry)
         self._check_fits(view.known, 1)
         self._learn(id, now)
-        self._sequences.update(entry, view._replace(goal=view.known))
+        arrival = view.arrival if now is None else now
+        self._sequences.update(entry, view._replace(goal=view.known, arrival=arrival))
 
     def trim(self, id: int, known: int) -> int:
         """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the

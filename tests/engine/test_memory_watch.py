@@ -110,7 +110,9 @@ def test_without_requests_an_engine_needs_few_cells(
         with engine.sequence(greedy()) as one:  # the first to come
             one.prompt(prompts[0])
             assert one.sample().token == expected[0][0]
-        told_to_shrink(engine)  # and is closed so
+        told_to_shrink(engine)
+        engine.sequence(greedy()).close()
+        assert engine._core._shrunk  # and is closed so
 
 
 def test_cells_stay_while_a_request_is_open(tiny_llama_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_policies_see_priority_and_tenant(model: Model) -> None:
 def test_the_default_policy_goes_by_the_first_token_that_is_due(model: Model) -> None:
     gate = Gate(device_aware())
     with small(model, policy=gate, n_seq_max=1) as engine:
-        targets: list[dict[str, Any]] = [{}, {"ttft_target": 60}, {"ttft_target": 5.5}]
+        targets: list[dict[str, Any]] = [{}, {"ttft_target": 9}, {"ttft_target": 5.5}]
         some, late, soon = (engine.submit(PROMPT, greedy(), **target) for target in targets)
         gate.opened = True
         for stream in (some, late, soon):

@@ -99,3 +99,5 @@ def test_those_that_all_were_preempted_have_readers_too() -> None:
     assert rows(new) == rows(views.prefilling(2, 300, 10), new) == 64
     assert rows(preempted, new) == rows(views.prefilling(1, 5, 2, generated=3), new) == 50
     assert rows(preempted, preempted._replace(id=2, itl_target=0.5), new) == 25
+    long = views.waiting(1, 57, generated=3, itl_target=0.01)  # its own rows
+    assert rows(long, new) == rows(long) == 60

@@ -46,6 +46,17 @@ def test_all_of_a_prompt_but_its_last_token_is_computed_until_a_token_is_asked_f
     assert (cells(machine), machine.generated) == ({1: 51}, {1: 2})
 
 
+def test_it_arrives_anew_when_its_owner_asks() -> None:
+    """Else one that was opened long ago would go before all others for ever."""
+    machine = owners(10)
+    interactive = machine.scheduler.interactive
+    interactive.ask(1, 100.0)
+    assert machine.scheduler.sequence(1).arrival == 100.0
+    machine.run()
+    interactive.extend(1, 0, 200.0)
+    assert machine.scheduler.sequence(1).arrival == 200.0
+
+
 def test_a_prompt_of_one_token_has_nothing_to_compute_at_first() -> None:
     machine = owners(1)
     assert machine.scheduler.idle

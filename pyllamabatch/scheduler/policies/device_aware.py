@@ -25,6 +25,7 @@ from .parts import (
     UntilDue,
     WhenItFits,
     WithinTarget,
+    half_for_targets,
     next_due,
     soonest_due,
 )
@@ -128,6 +129,7 @@ def device_aware(
         order=soonest_due,
         admit=WhenItFits(watermark),
         budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall), gain)),
+        chunk=half_for_targets,
         mix=Alternately(),
         repeat=ALWAYS,
         width=Turns(itl, gain),

@@ -55,6 +55,10 @@ def first_token_due(seq: SequenceView) -> float:
     return inf if seq.ttft_target is None else seq.arrival + seq.ttft_target
 
 
+def has_ttft_target(seq: SequenceView) -> bool:
+    return seq.ttft_target is not None
+
+
 # In the order of those that are due, a sequence without a target has this one, and none has a later
 # one: so long attention is held (Nielsen, 1993). So no flood of targets overtakes it for ever.
 PATIENT_SECONDS = 10.0
@@ -83,12 +87,17 @@ class MostUrgent:
 soonest_due = MostUrgent(by_first_token)  # and among equals as they came
 
 
+def lacks_cells(view: StepView, seq: SequenceView) -> bool:
+    """It waits, and what it has to compute does not fit."""
+    room = view.kv.free - view.kv.promised
+    return not seq.running and seq.prefix.cells + seq.remaining > room
+
+
 def next_due(view: StepView) -> tuple[SequenceView | None, float]:
     """The first of these that can go on now, and `first_token_due` of it: not one whose prefix is
     being computed; and with no cells for the first that waits, one that runs."""
-    room = view.kv.free - view.kv.promised
     first = next((seq for seq in soonest_due(view) if not seq.prefix.pending), None)
-    if first is not None and not first.running and first.prefix.cells + first.remaining > room:
+    if first is not None and lacks_cells(view, first):
         first = next(iter(view.prefilling.by(by_first_token)), None)
     return first, inf if first is None else first_token_due(first)
 
@@ -216,9 +225,10 @@ class WithinTarget:
     target; `least` rows of prompts in any case.
 
     The target is `margin` times the smallest ITL target of the running sequences. Where none of
-    them decodes it is that of those whose tokens are computed again after they were preempted. For
-    those without one it is `itl` seconds, or `stretch` times what the decoding rows take alone if
-    that is longer. `otherwise`: where there is no cost model, or no target."""
+    them decodes it is that of those whose tokens are computed again after they were preempted;
+    these have rows for all of them. For those without one it is `itl` seconds, or `stretch` times
+    what the decoding rows take alone if that is longer. `otherwise`: where there is no cost model,
+    or no target."""
 
     otherwise: Budget = token_budget
     itl: float = STALL_SECONDS
@@ -242,19 +252,21 @@ class WithinTarget:
             return view.limits.n_batch
         if view.cost is None:
             return self.otherwise(view)
-        targets = view.running.itl_targets()
+        targets, own = view.running.itl_targets(), n
         if n == 0:  # those whose tokens are computed again have readers, too
-            again = chain(view.prefilling, view.waiting.split(has_first_token).get(True, ()))
-            targets = sorted(itl_target(seq) for seq in again if has_first_token(seq))
-            if not targets:
+            preempted = view.waiting.split(has_first_token).get(True, ())
+            again = [seq for seq in chain(view.prefilling, preempted) if has_first_token(seq)]
+            if not again:
                 return view.limits.n_batch
+            targets = sorted(map(itl_target, again))
+            own = min(sum(seq.remaining for seq in again), view.limits.n_batch)
         target = targets[0]
         if self.itl < target and targets[-1] == inf:
             alone = view.cost.predict(n, 0, view.kv.attended, n) if n else 0.0
             target = min(target, max(self.itl, self.stretch * alone))
         if target == inf:
-            return self.otherwise(view)
-        return n + most_within(view, self.margin * target, self.least)
+            return max(own, self.otherwise(view))
+        return max(own, n + most_within(view, self.margin * target, self.least))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +326,19 @@ def most_within(view: StepView, seconds: float, least: int) -> int:
 def all_that_is_left(builder: PlanBuilder, seq: SequenceView) -> int:
     """As much of the prompt as the budget has left."""
     return builder.rows
+
+
+def half_for_targets(builder: PlanBuilder, seq: SequenceView) -> int:
+    """As much of the prompt as the budget has left; half of that where its first token has no
+    target, and one that has a target, begun or with a slot to wait for, comes behind it."""
+    if not isinf(first_token_due(seq)):
+        return builder.rows
+    view = builder.view
+    waiting = view.waiting.split(has_ttft_target).get(True, ()) if builder.slots > 0 else ()
+    behind = chain(filter(has_ttft_target, view.prefilling), waiting)
+    if all(builder.has(one) or one.prefix.pending or lacks_cells(view, one) for one in behind):
+        return builder.rows
+    return max(1, builder.rows // 2)
 
 
 # -- victim
