@@ -8,6 +8,7 @@ from .idle import IdleSequences
 from .invariance import Computed
 from .running import Entry
 from .sequences import Sequences
+from .view import SequenceView
 
 
 class Interactive:
@@ -33,8 +34,7 @@ class Interactive:
         view = self._sequences.running.seen(entry)
         known = view.known + n
         self._check_fits(known, 1)
-        self._learn(id, now)
-        arrival = view.arrival if now is None else now
+        arrival = self._asked(view, now)
         more = view._replace(n_prompt=view.n_prompt + n, goal=known - 1, arrival=arrival)
         self._sequences.update(entry, more)
 
@@ -43,8 +43,7 @@ class Interactive:
         entry = self._entry(id)
         view = self._sequences.running.seen(entry)
         self._check_fits(view.known, 1)
-        self._learn(id, now)
-        arrival = view.arrival if now is None else now
+        arrival = self._asked(view, now)
         self._sequences.update(entry, view._replace(goal=view.known, arrival=arrival))
 
     def trim(self, id: int, known: int) -> int:
@@ -79,9 +78,12 @@ class Interactive:
         high = max(how.high, self._sequences.running.seen(entry).computed)
         return replace(how, high=high, chunks=[*how.chunks])
 
-    def _learn(self, id: int, now: float | None) -> None:
-        if now is not None:
-            self._idle.learn(id, now)
+    def _asked(self, view: SequenceView, now: float | None) -> float:
+        """Its arrival from now on: when its owner asked, which tells how long it was idle."""
+        if now is None:
+            return view.arrival
+        self._idle.learn(view.id, now)
+        return now
 
     def _entry(self, id: int) -> Entry:
         entry = self._sequences[id]

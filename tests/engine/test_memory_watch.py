@@ -164,7 +164,7 @@ def test_cells_stay_for_a_request_that_has_just_come(
         assert not made
 
 
-@pytest.mark.parametrize(
+each_way_to_ask = pytest.mark.parametrize(
     "ask",
     [
         lambda engine: list(engine.submit([1, 5], greedy(3))),
@@ -172,6 +172,9 @@ def test_cells_stay_for_a_request_that_has_just_come(
     ],
     ids=["request", "sequence"],
 )
+
+
+@each_way_to_ask
 def test_memory_that_others_have_taken_meanwhile_fails_what_needs_it(
     tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Engine], object]
 ) -> None:
@@ -203,14 +206,7 @@ def test_memory_that_others_have_taken_meanwhile_fails_what_needs_it(
         assert engine.n_ctx == 8192
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda engine: list(engine.submit([1, 5], greedy(3))),
-        lambda engine: engine.sequence().prompt([1, 5]),
-    ],
-    ids=["request", "sequence"],
-)
+@each_way_to_ask
 def test_memory_that_others_have_taken_meanwhile_ends_the_engine(
     tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Engine], object]
 ) -> None:
