@@ -10,19 +10,22 @@ from that, and so does the hit rate of a run. The simulation is the mean of many
 `hit_rate_sd` what one run differs by. Each repeat has other orders of chats.
 
 The simulation has a profile that is measured first (--calibrate), or that of a profile machine
-(--machine), of which each replica has a GPU of its own. Wants the extra `ray`.
+(--machine), of which each replica has a GPU of its own; and what a request takes beside its engine,
+on the way through a fleet that does nothing else, which is measured before, too. Wants the extra
+`ray`.
 """
 
 import argparse
 import random
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import httpx
@@ -55,6 +58,7 @@ USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
 N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens
 N_SLOTS = 4  # of a replica
 N_ORDERS = 16  # of the clients, that are simulated
+N_ON_THE_WAY = 20  # requests whose way is timed
 N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
 N_CELLS = (USERS // 2) * N_PREFIX + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT  # of a replica
 SETTINGS = {"n_kv_max": N_CELLS}
@@ -104,14 +108,16 @@ def points_off(router: str) -> Figure:
 
 
 def speed_off(router: str) -> Figure:
-    """Simulated throughput over the live one."""
+    """Simulated throughput over the live one, of all repeats together: those of one are of the same
+    orders of chats, and others take longer."""
 
     def figure(records: Sequence[Record]) -> float | None:
         found, lived = (
-            median_of(r.t_tg for r in records if r.arm == Variant(kind, router).name)
+            {r.repeat: r.t_tg for r in records if r.arm == Variant(kind, router).name}
             for kind in (SIMULATED, LIVE)
         )
-        return lived / found if found and lived else None
+        both = found.keys() & lived.keys()
+        return sum(lived[i] for i in both) / sum(found[i] for i in both) if both else None
 
     return figure
 
@@ -157,10 +163,12 @@ def main(options: argparse.Namespace) -> int:
         with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
             about = harness.facts_of(model)
             spec = spec_on(options, model)
-    arms = [arm_of(one, options, spec) for one in chosen]
     (case,) = cases_of(
         options, file, N_PROMPTS // CLIENTS, CHATS * TURNS * N_ANSWER // CLIENTS, [CLIENTS]
     )
+    if any(one.kind == SIMULATED for one in chosen):
+        spec = replace(spec, latency=way(options, case))
+    arms = [arm_of(one, options, spec) for one in chosen]
     title = f"{CHATS} chats of {USERS} users on {options.replicas} replicas"
     running = measure(arms, case, about, options)
     return harness.show(options, running, len(arms) * options.repeats, title,
@@ -171,6 +179,7 @@ def view(records: Sequence[Record]) -> str:
     columns = (
         Column("prefix hits, %", "hit_rate", scale=100),
         Column("± of a run", "hit_rate_sd", scale=100),
+        Column("ms on the way", "way_s", scale=1e3),
         Column("s", lambda record: record.t_tg),
         Column("tok/s", lambda record: record.speed_tg),
     )
@@ -274,7 +283,10 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
         known = sum(c.known_tokens for c in counters)
         rates.append(sum(c.prefix_tokens for c in counters) / known)
         seconds.append(max(one.end for one in run.outcomes))
-    detail = {"hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "other_cpu": 0.0}
+    detail = {
+        "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": spec.latency,
+        "other_cpu": 0.0,
+    }  # fmt: skip
     return Measured(0.0, fmean(seconds), SETTINGS, detail)
 
 
@@ -293,20 +305,39 @@ def serve(options: argparse.Namespace, router: str, case: Case) -> list[str]:
     return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 
 
-def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
+@contextmanager
+def fleet(options: argparse.Namespace, router: str, case: Case) -> Iterator[httpx.Client]:
+    """Replicas that have answered before: their first requests are slower."""
     command = serve(options, router, case)
     server = ServerProcess(command, cache_folder("logs") / f"{router}.log", STOP_S)
     try:
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as client:
-            for _ in range(4 * options.replicas):  # their first requests are slower
+            for _ in range(4 * options.replicas):
                 complete(client, [1, 2, 3])
-            others = OtherCores(descendants())
-            before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
-            talk(client, order(case.seed), case.seed)
-            seconds, other_cpu = time.perf_counter() - began, others.used()
-            after = metrics_of(client.get("/metrics").text)
+            yield client
     finally:
         server.stop()
+
+
+def way(options: argparse.Namespace, case: Case) -> float:
+    """Seconds of a request beside its engine's, the only one in a fleet."""
+    each: list[float] = []
+    with fleet(options, AFFINITY, case) as client:
+        for _ in range(N_ON_THE_WAY):
+            began = time.perf_counter()
+            times = complete(client, [1] * N_PREFIX)["timings"]
+            inside = sum(times[name] for name in ("queue_ms", "prompt_ms", "predicted_ms"))
+            each.append(time.perf_counter() - began - inside / 1e3)
+    return median(each)
+
+
+def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
+    with fleet(options, router, case) as client:
+        others = OtherCores(descendants())
+        before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
+        talk(client, order(case.seed), case.seed)
+        seconds, other_cpu = time.perf_counter() - began, others.used()
+        after = metrics_of(client.get("/metrics").text)
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
     return Measured(0.0, seconds, SETTINGS, {"hit_rate": hits / known, "other_cpu": other_cpu})
 
@@ -326,15 +357,15 @@ def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> N
         for one in ones:
             tokens = chats.setdefault(one.chat, list(prefixes[one.user]))
             tokens += questions[one.chat][one.turn]
-            tokens += complete(client, tokens)
+            tokens += complete(client, tokens)["tokens"]
 
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(ask, asked))
 
 
-def complete(client: httpx.Client, tokens: list[int]) -> list[int]:
+def complete(client: httpx.Client, tokens: list[int]) -> dict[str, Any]:
     body = {"prompt": tokens, "n_predict": N_ANSWER, "ignore_eos": True, "return_tokens": True}
     answer = client.post("/completion", json=body)
     answer.raise_for_status()
-    found: list[int] = answer.json()["tokens"]
+    found: dict[str, Any] = answer.json()
     return found

@@ -21,7 +21,7 @@ from pyllamabatch.cost.graphs import Graphs, NativeCall
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, profile_folder, shipped_names
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
-from pyllamabatch.kv import Slots
+from pyllamabatch.kv import KvAccounting, Slots
 from pyllamabatch.llama.host import PathLike
 from pyllamabatch.machine.device import FakeDevice, SampledRow, Times
 from pyllamabatch.machine.gpu_queue import GpuQueue, sleep_until
@@ -134,6 +134,10 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         """No sequence holds anything, and a step takes what it takes in this layout."""
         self.limits = limits
         self.cells.clear()
+        self._accounting = KvAccounting(
+            limits.n_cells, limits.n_seq_max, unified=limits.unified,
+            n_cells_seq=limits.n_cells_seq,
+        )  # fmt: skip
         self._cost = self._machine.cost(unified=limits.unified, n_ubatch=limits.n_ubatch)
         new, self._graphs = self._cost.new_graph, None
         if any(new):
@@ -163,6 +167,20 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
             self._late_ns = perf_counter_ns() - self._end_ns
         return run
 
+    # -- KvMemory
+
+    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
+        super().seq_rm(seq_id, p0, p1)
+        self._accounting.trim(seq_id, self.pos_max(seq_id) + 1)
+
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        super().seq_cp(src, dst, p0, p1)
+        self._accounting.share(src, dst, self.pos_max(dst) + 1)
+
+    def state_seq_set(self, data: bytes, seq_id: int, loras: Any = None) -> None:
+        super().state_seq_set(data, seq_id, loras)
+        self._accounting.take(seq_id, self.pos_max(seq_id) + 1)
+
     # -- FakeDevice
 
     def _cell(self, token: int) -> int:
@@ -183,6 +201,11 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         start, self._end_ns = self._machine.queue.reserve(seconds, began)
         return 0, self.n_now, Times(began, self._end_ns - start, n_reused)
 
+    def _hold(self, n_rows: int, *, sample: bool) -> list[SampledRow]:
+        slots, counts = np.unique(self.rows.seq[:n_rows], return_counts=True)
+        self._accounting.take_each(slots, counts)
+        return super()._hold(n_rows, sample=sample)
+
     def _wait(self) -> None:
         sleep_until(self._end_ns)
 
@@ -194,8 +217,11 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         n_each = np.bincount(self.rows.seq[:n_before], minlength=limits.n_seq_max)
         (seqs,) = n_each.nonzero()
         n_rows, at = len(slots) + n_before, list({*slots.tolist(), *seqs.tolist()})
-        held = self._held()
-        kv = float((held if self._cost.unified else held[at]).sum())
+        accounting, held = self._accounting, self._accounting.held_by_slot
+        if limits.unified:
+            kv = float(accounting.reach if self._cost.computes_masked else accounting.used)
+        else:
+            kv = float(held[at].sum())
         apart = not limits.unified and len(at) == len(slots) + len(seqs)
         if limits.unified:
             shapes = [(n_rows, n_before, kv, len(slots) + len(seqs))]
@@ -217,17 +243,11 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         if self._graphs is None:
             return float(seconds[0]), n_graphs
         chunks = tuple(zip(seqs.tolist(), n_each[seqs].tolist(), strict=True))
-        cells = held.sum() if limits.unified else held[at].max()
+        cells = n_rows + held[at].max()
+        if limits.unified:
+            cells = max(accounting.reach, accounting.used + n_rows)
         n_behind = each[-1] if apart and len(slots) and n_before else 0
-        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]), n_behind)
+        call = NativeCall(slots, chunks, n_graphs, np.array([cells]), n_behind)
         n_new = self._graphs.add_to(seconds, call)
         self._graphs.computed(1)
         return float(seconds[0]), n_graphs - n_new
-
-    def _held(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Cells by slot."""
-        n_slots = max((*self.cells, int(self.rows.seq[: self.n_now].max(initial=0)))) + 1
-        held = np.zeros(n_slots, np.int64)
-        for slot, cells in self.cells.items():
-            held[slot] = len(cells)
-        return held

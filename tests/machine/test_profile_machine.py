@@ -109,6 +109,18 @@ def test_prefixes_are_cached(engine: Engine) -> None:
     assert engine.stats().prefix_tokens - before >= len(prompt)
 
 
+def test_a_cell_of_several_sequences_takes_time_once(fast: Path) -> None:
+    """A pool has the cells of a common prefix once, of sequences that run and of cached ones."""
+    cost = ProfileMachine.named(fast).cost(unified=True, n_ubatch=512)
+    with Engine(machine=fast, n_seq_max=4, n_ctx=4096, kv_unified=True, cost=None) as pool:
+        for i in range(3):
+            prompt = "the same prefix of a thousand tokens" * 28 + str(i)
+            pool.submit(prompt, SamplingParams(max_tokens=8)).wait()
+        last, used = pool.trace(1)[0], pool.stats().kv_cached
+    assert used < 2 * len(prompt)
+    assert last["decode_ns"] == pytest.approx(1e9 * cost.predict(1, 0, used - 1, 1), abs=2)
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap", "auto"])
 def test_sequences_that_do_not_fit_are_preempted(fast: Path, preemption: Any) -> None:
     with Engine(
