@@ -102,7 +102,7 @@ class LoneDecode:
         self._n_left -= n
         run = Run(0, n, n_reused, seconds, (), self._first_seconds)
         self._observe(step, run)
-        if self._threads is not None and not self._threads.took(step, run):
+        if self._threads is not None and not self._threads.took(step, run, seconds):
             self._n_left = 0
         self._scheduler.advance_alone(step, n, now, seconds / n)
         return n_reused

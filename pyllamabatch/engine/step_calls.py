@@ -1,5 +1,7 @@
 """StepCalls: the native calls that a step is made of, what each is told, and what it tells."""
 
+from time import thread_time
+
 import numpy as np
 
 from ..scheduler import Scheduler, Step
@@ -61,9 +63,10 @@ class StepCalls:
         threads = self._device.threads
         if threads is not None:
             n_steps = threads.begin(call, n_steps)
+        began = thread_time()
         run = self._stepper.compute(call.decode, n_steps, n_before, call.n_pad)
         if threads is not None:
-            threads.took(call, run)
+            threads.took(call, run, thread_time() - began)
         return run
 
     def ended(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pyllamabatch.engine import thread_watch
 from pyllamabatch.engine.native_context import NativeContext
-from pyllamabatch.engine.thread_watch import ThreadWatch
+from pyllamabatch.engine.thread_watch import WINDOW, WINDOWS, ThreadWatch
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Step
 from pyllamabatch.step.types import Run
@@ -24,12 +24,24 @@ def decodes(rows: int, drafts: int = 0) -> Step:
     return Step(slots, (), (), (), rows, {}, drafts=each)
 
 
+def alone(threads: int, rows: int) -> float:
+    """Seconds of a step."""
+    return 0.08 / threads
+
+
+def beside_two(threads: int, rows: int) -> float:
+    """The same where others have two of four cores."""
+    return 0.06 if threads > 2 else 0.08 / threads
+
+
 class Machine:
-    """Its steps take what `seconds(threads, rows)` says."""
+    """Its steps take what `seconds(threads, rows)` says, and `share` of that is computed by the
+    thread that runs them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, one: int = N, many: int = N) -> None:
         self.now, self.threads = 0.0, (one, many)
-        self.seconds: Callable[[int, int], float] = lambda threads, rows: 0.08 / threads
+        self.seconds: Callable[[int, int], float] = alone
+        self.share = 1.0
         monkeypatch.setattr(thread_watch, "perf_counter", lambda: self.now)
         self.watch = ThreadWatch(lambda *threads: setattr(self, "threads", threads), one, many)
 
@@ -47,7 +59,7 @@ class Machine:
             took = n * self.seconds(threads, rows)
             self.now += took
             n_steps[threads] += n
-            self.watch.took(step, Run(0, n, n, took, n_drafted=drafted))
+            self.watch.took(step, Run(0, n, n, took, n_drafted=drafted), self.share * took)
         return {threads: n / n_steps.total() for threads, n in n_steps.items()}
 
 
@@ -62,12 +74,23 @@ def test_alone_it_keeps_all_but_for_rare_trials(machine: Machine) -> None:
 
 def test_what_has_no_core_is_given_up_and_taken_back(machine: Machine) -> None:
     machine.compute(200)  # the next trial is far away
-    machine.seconds = lambda threads, rows: 0.06 if threads > 2 else 0.08 / threads
-    machine.compute(20)
+    machine.seconds, machine.share = beside_two, 0.6
+    machine.compute(5)
     assert machine.compute(60)[2] > 0.95
-    machine.seconds = lambda threads, rows: 0.08 / threads
+    machine.seconds, machine.share = alone, 1.0
     machine.compute(100)
     assert machine.compute(60)[N] > 0.95
+
+
+def test_a_new_engine_meets_a_neighbour_in_its_first_steps(machine: Machine) -> None:
+    machine.seconds, machine.share = lambda threads, rows: 0.06 if threads > 3 else 0.04, 0.6
+    machine.compute(0.06 * WINDOW * WINDOWS, at_once=64)
+    assert machine.threads[1] == 3
+
+
+def test_a_thread_that_always_sleeps_tells_nothing_new(machine: Machine) -> None:
+    machine.share = 0.5  # for a GPU that computes some of the layers
+    assert 0.98 < machine.compute(600)[N] < 1
 
 
 def test_each_number_of_rows_has_its_own(machine: Machine) -> None:
@@ -105,7 +128,7 @@ def test_a_call_that_goes_on_ends_where_threads_change(machine: Machine) -> None
     changes = 0
     for _ in range(200):
         machine.now += 0.1
-        if not machine.watch.took(step, Run(0, 1, 1, 0.1)):
+        if not machine.watch.took(step, Run(0, 1, 1, 0.1), 0.1):
             changes += 1
             before = machine.threads
             machine.watch.begin(step, 1)
