@@ -22,20 +22,19 @@ SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 class ExpectedSequence:
     """An interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
 
-    `idle`: since it had nothing to compute any more. `mean`, `spread`: of its idle times until
-    now (`idle.ReturnTime`). `returns`: the share of them that were over within a step's time."""
+    `idle`: since it had nothing to compute any more. `mean`: of its idle times until now
+    (`idle.ReturnTime`). `returns`: the share of them that were over within a step's time."""
 
     idle: float
     mean: float
-    spread: float
     returns: float = 1.0
 
     @property
     def wait(self) -> float:
-        """How much longer it is expected to take: what is left of the mean; never less than the
-        spread, for it can't be known better than that; and one that is late by some time is
-        expected to be late by as much again, as a thread is that does not get a core."""
-        return max(self.spread, abs(self.mean - self.idle), SOONEST_SECONDS)
+        """How much longer it is expected to take: what is left of the mean; and one that is late by
+        some time is expected to be late by as much again, as a thread is that does not get a
+        core."""
+        return max(abs(self.mean - self.idle), SOONEST_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

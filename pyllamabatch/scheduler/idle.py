@@ -7,23 +7,22 @@ from pyllamabatch.cost.step_cost import StepCost
 from .gather import LEAST_SECONDS, ExpectedSequence, Gather, Gathering
 
 PATIENCE_SECONDS = 0.5
-FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is known
+FIRST_SECONDS = 200e-6  # mean of an owner's time before anything is known
 
 
 class ReturnTime:
     """How long an owner takes from a token to the next thing that it asks for.
 
-    Times within that of a step, or within 200 µs, are averaged, `mean` and mean deviation `spread`
-    with the weights of RFC 6298 (1/8 and 1/4), which estimates round trips of packets for the same
-    purpose. Longer ones (a user reads, a thread waits for others) are never worth to be waited for,
-    however long they are: of those only the share counts, `returns` being the others'. It begins at
-    a half, and has the weight 1/8 too."""
+    Times within that of a step, or within 200 µs, are averaged (`mean`), with the weight 1/8 of RFC
+    6298, which estimates round trips of packets for the same purpose. Longer ones (a user reads, a
+    thread waits for others) are never worth to be waited for, however long they are: of those only
+    the share counts, `returns` being the others'. It begins at a half, and has the weight 1/8 too.
+    """
 
-    __slots__ = ("mean", "returns", "spread")
+    __slots__ = ("mean", "returns")
 
     def __init__(self, like: ReturnTime | None = None) -> None:
         self.mean: float = FIRST_SECONDS if like is None else like.mean
-        self.spread: float = FIRST_SECONDS if like is None else like.spread
         self.returns: float = 0.5 if like is None else like.returns
 
     def learn(self, seconds: float, within: float) -> None:
@@ -32,7 +31,6 @@ class ReturnTime:
             self.returns -= self.returns / 8
             return
         self.returns += (1 - self.returns) / 8
-        self.spread += (abs(seconds - self.mean) - self.spread) / 4
         self.mean += (seconds - self.mean) / 8
 
 
@@ -127,4 +125,4 @@ class IdleSequences:
     def _view(self, id: int, now: float) -> ExpectedSequence:
         return_time = self._return_times.get(id, self.usual)
         idle = max(0.0, now - self._since[id])
-        return ExpectedSequence(idle, return_time.mean, return_time.spread, return_time.returns)
+        return ExpectedSequence(idle, return_time.mean, return_time.returns)
