@@ -29,6 +29,29 @@ class Chunk(NamedTuple):
     stop: int
 
 
+class PromptProgress(NamedTuple):
+    """Of the `n_prompt` tokens of a prompt `n_computed` are computed, of which `n_cached` were in
+    the prefix cache, `seconds` after it got its first slot."""
+
+    n_prompt: int
+    n_cached: int
+    n_computed: int
+    seconds: float
+
+
+class TimesSoFar(NamedTuple):
+    """What a request has taken so far: fields of `Result`, whose `e2el_s` is until now."""
+
+    n_prompt: int
+    n_cached: int
+    n_generated: int
+    queue_s: float | None
+    ttft_s: float | None
+    e2el_s: float
+    n_drafted: int = 0
+    n_accepted: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished request.

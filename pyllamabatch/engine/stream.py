@@ -17,7 +17,7 @@ from ..step.ring_reader import Page
 from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
 from .process import Process
-from .results import Chunk, FinishReason, Result, Token
+from .results import Chunk, FinishReason, PromptProgress, Result, TimesSoFar, Token
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ class Stream:
     # without a dict: it has more attributes than those that CPython holds beside each other
     __slots__ = (
         "_admitted_at", "_callbacks", "_end", "_feed", "_first_at", "_followers", "_harmless",
-        "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_drafted",
-        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces", "_pieces_of",
-        "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id", "n_cached", "n_prompt",
-        "submitted_at",
+        "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_computed",
+        "_n_drafted", "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces",
+        "_pieces_of", "_prompt_callback", "_result", "_slot", "_stopped", "_texts", "_tokens",
+        "_top", "id", "n_cached", "n_prompt", "submitted_at",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +76,8 @@ class Stream:
         self.n_prompt = n_prompt
         self.submitted_at = submitted_at
         self.n_cached = 0
+        self._n_computed = 0  # tokens of its prompt, while it has no other
+        self._prompt_callback: Callable[[PromptProgress], None] | None = None
         self._n_drafts = self._n_drafted = self._n_accepted = 0
         self._admitted_at: float | None = None
         self._first_at: float | None = None
@@ -185,6 +187,28 @@ class Stream:
                 return
         callback(self)
 
+    def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
+        """`callback(progress)` is called when the request has its first slot, and behind each step
+        that computes a part of its prompt, but the last one, which gives its first token. By the
+        engine's own thread: it must be quick, and may not ask the stream."""
+        with self._lock:
+            self._prompt_callback = callback
+            if self._admitted_at is not None:
+                self._tell_prompt(self.n_cached, self._admitted_at)
+                if self._n_computed > self.n_cached:
+                    self._tell_prompt(self._n_computed, perf_counter())
+
+    def times(self) -> TimesSoFar:
+        """What it has taken so far."""
+        with self._lock:
+            first, admitted, since = self._first_at, self._admitted_at, self.submitted_at
+            return TimesSoFar(
+                self.n_prompt, self.n_cached, len(self._tokens),
+                None if admitted is None else admitted - since,
+                None if first is None else first - since,
+                perf_counter() - since, self._n_drafted, self._n_accepted,
+            )  # fmt: skip
+
     def __repr__(self) -> str:
         result = self._result
         state = result.finish_reason if result else "open"
@@ -194,8 +218,17 @@ class Stream:
 
     def _admitted(self, n_cached: int) -> None:
         """It has its first slot, and so many of its tokens need not be computed."""
-        self.n_cached = n_cached
-        self._admitted_at = perf_counter()
+        with self._lock:
+            self.n_cached = self._n_computed = n_cached
+            self._admitted_at = now = perf_counter()
+            self._tell_prompt(n_cached, now)
+
+    def _prompt_computed(self, n: int) -> None:
+        """So many of its tokens are."""
+        self._n_computed = n
+        if self._prompt_callback is not None:
+            with self._lock:
+                self._tell_prompt(n, perf_counter())
 
     def _drafted(self, n_drafts: int, n_drafted: int, n_accepted: int) -> None:
         self._n_drafts += n_drafts
@@ -301,6 +334,12 @@ class Stream:
             log.exception("a done callback of request %d failed", self.id)
 
     # -- inside, with the lock held
+
+    def _tell_prompt(self, n: int, now: float) -> None:
+        """`n` tokens of it are computed."""
+        call, began = self._prompt_callback, self._admitted_at
+        if call is not None and began is not None and self._first_at is None:
+            call(PromptProgress(self.n_prompt, self.n_cached, n, now - began))
 
     def _leave_column(self) -> None:
         if self._page is not None:

@@ -37,6 +37,9 @@ class StreamSink(Sink):
         self._output.place(self.request.slot, self.stream)
         self._leave_queue()
 
+    def computed(self) -> None:
+        self.stream._prompt_computed(self._table.scheduler.computed(self.request.slot))
+
     def left(self, slot: int) -> None:
         self._output.leave(slot)
 

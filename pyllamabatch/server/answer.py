@@ -16,10 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.followers import Take, TextWriter
-from ..engine.results import Chunk, Result
+from ..engine.results import Chunk, PromptProgress, Result
 from ..engine.stream import Stream
 from . import errors
 from .errors import ApiError, json_response
+from .prompt_reports import PromptReports
 from .security import ApiKeys, Cors
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ which nothing was sent."""
 
 
 class Answer(Protocol):
-    """`i`: the choice. What returns bytes makes whole server-sent events, or none."""
+    """`i`: the choice. What returns bytes makes whole server-sent events, or none. reports: before
+    the first token a client hears how far its prompt is."""
+
+    reports: bool = False
 
     @abstractmethod
     def whole(self, results: Sequence[Result]) -> Any:
@@ -57,6 +61,10 @@ class Answer(Protocol):
         """What is before and behind the text, as a JSON string without its quotes, in an event of
         what is new of a choice. None: `chunk` makes it."""
         return None
+
+    def progress(self, i: int, progress: PromptProgress) -> bytes:
+        """How far the prompt of a choice is."""
+        return b""
 
     @abstractmethod
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
@@ -134,7 +142,7 @@ class EventStream(Response):
         given = write_of(scope)
         write = given or (lambda content: send(_body(content)))
         self._sink_of = scope["extensions"].get(TEXT_SINK) if given else None
-        held = HELD_BEGIN in (scope.get("extensions") or ())
+        held = HELD_BEGIN in (scope.get("extensions") or ()) and not answer.reports
         if begin := answer.begin():
             if held:
                 write = _behind(begin, write)
@@ -168,14 +176,29 @@ class EventStream(Response):
             return write(content) if content else None
 
         taker: Take = take
-        if around := answer.around(i):
+        reports: PromptReports | None = None
+        if answer.reports:
+
+            def report(progress: PromptProgress) -> Awaitable[None] | None:
+                content = answer.progress(i, progress)
+                return write(content) if content else None
+
+            reports = PromptReports(stream, report)
+            taker = reports.before(take)
+        elif around := answer.around(i):
             sink = self._sink_of(*around) if self._sink_of and len(self._streams) == 1 else None
             taker = TextWriter(*around, _escaped, write, sink)
-        await self._service.followers.follow(stream, taker)
-        result = stream.wait(0)
-        self._service.metrics.ended(result)
-        if (error := failure(result)) is not None:
-            raise error
+        try:
+            await self._service.followers.follow(stream, taker)
+            result = stream.wait(0)
+            self._service.metrics.ended(result)
+            if (error := failure(result)) is not None:
+                raise error
+            if reports is not None and (blocked := reports.end()) is not None:
+                await blocked
+        finally:
+            if reports is not None:
+                reports.close()
         return result, answer.finish(i, result)
 
 

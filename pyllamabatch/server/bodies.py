@@ -24,8 +24,8 @@ IGNORED = frozenset({
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics",
     # llama-server's
-    "cache_prompt", "id_slot", "n_keep", "n_discard", "return_progress", "timings_per_token",
-    "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+    "cache_prompt", "id_slot", "n_keep", "n_discard", "dry_base", "dry_allowed_length",
+    "dry_penalty_last_n", "dry_sequence_breakers",
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "adaptive_decay",
     "backend_sampling", "speculative.n_max", "speculative.n_min", "speculative.p_min",
 })  # fmt: skip
@@ -222,11 +222,16 @@ class StreamOptions(Body):
 
 
 class SamplingBody(Body):
-    """Fields of every kind of completion, by OpenAI's, llama-server's and vLLM's names."""
+    """Fields of every kind of completion, by OpenAI's, llama-server's and vLLM's names.
+
+    timings_per_token: each event of a stream has the timings so far. return_progress: it has events
+    before the first token that say how much of the prompt is computed."""
 
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    timings_per_token: bool = False
+    return_progress: bool = False
     n: Annotated[int, Field(ge=1, le=2**16)] = 1
     best_of: int | None = None
 

@@ -110,7 +110,11 @@ class ChatAnswer(OpenAIAnswer):
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
         if not delta and not logprobs:
             return b""
-        return self._event(i, choice_of(delta, logprobs=logprobs), chunk.stop)
+        choice = choice_of(delta, logprobs=logprobs)
+        return self._event(i, choice, chunk.stop, **self._timings(stream))
+
+    def _no_choice(self) -> dict[str, Any]:
+        return choice_of({"role": "assistant", "content": None})
 
     def _text_choice(self, text: str) -> dict[str, Any]:
         return choice_of({"content": text})

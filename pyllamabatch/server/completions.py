@@ -57,7 +57,10 @@ class TextAnswer(OpenAIAnswer):
         choice = self._text_choice(chunk.text)
         if self._logprobs is not None:
             choice["logprobs"] = self._logprobs[i](stream.between(chunk.start, chunk.stop))
-        return self._event(i, choice, chunk.stop)
+        return self._event(i, choice, chunk.stop, **self._timings(stream))
+
+    def _no_choice(self) -> dict[str, Any]:
+        return self._text_choice("")
 
     def _text_choice(self, text: str) -> dict[str, Any]:
         return {"text": text, "logprobs": None, "finish_reason": None}

@@ -17,8 +17,10 @@ from ..errors import (
     ChatParseError,
     ChatTemplateError,
     ClosedError,
+    ContextCreateError,
     EngineDraining,
     GrammarError,
+    KvCacheFull,
     NoCandidate,
     PyllamabatchError,
     QueueFull,
@@ -104,6 +106,8 @@ def of(error: BaseException) -> ApiError:
             return ApiError(429, message, "rate_limit_error", code="queue_full")
         case EngineDraining() | ClosedError():
             return ApiError(503, message, "unavailable_error", code="draining")
+        case ContextCreateError() | KvCacheFull():  # now: others may free some
+            return ApiError(503, message, "unavailable_error", code="out_of_memory")
         case UnsupportedOperation():
             return ApiError(501, message, "not_supported_error")
         case ClientDisconnect():

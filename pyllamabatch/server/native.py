@@ -11,7 +11,7 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.results import Chunk, Result, Token
+from ..engine.results import Chunk, PromptProgress, Result, Token
 from ..engine.stream import Stream
 from ..errors import UnsupportedOperation
 from ..step.sampling_params import SamplingParams
@@ -99,6 +99,7 @@ class NativeAnswer(Answer):
         self._body = body
         self._prepared = prepared
         self._n_sent = [0] * len(prepared.streams)
+        self.reports = body.return_progress
 
     def whole(self, results: Sequence[Result]) -> Any:
         answers = [self._last(i, result) for i, result in enumerate(results)]
@@ -113,6 +114,13 @@ class NativeAnswer(Answer):
             answers = [_fields(answer, wanted) for answer in answers]
         return answers[0] if len(answers) == 1 else answers
 
+    def progress(self, i: int, progress: PromptProgress) -> bytes:
+        values = self._part(i, progress.n_prompt, "", [])
+        values["prompt_progress"] = tokens.prompt_progress(progress)
+        if self._body.timings_per_token:
+            values["timings"] = tokens.prompt_timings(progress)
+        return event(values)
+
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         new = stream.between(chunk.start, chunk.stop)
         if not self._body.n_probs:
@@ -121,18 +129,24 @@ class NativeAnswer(Answer):
 
     def _chunk(self, i: int, stream: Stream, text: str, new: Sequence[Token]) -> bytes:
         self._n_sent[i] += len(new)
-        values = {
+        values = self._part(i, stream.n_prompt, text, new)
+        if self._body.timings_per_token:
+            values["timings"] = tokens.timings(stream.times())
+        if self._body.n_probs:
+            values["completion_probabilities"] = self._probabilities(new)
+        return event(values)
+
+    def _part(self, i: int, n_prompt: int, text: str, new: Sequence[Token]) -> dict[str, Any]:
+        """What each event says before the last one."""
+        return {
             "index": i,
             "content": text,
             "tokens": [token.token for token in new],
             "stop": False,
             "id_slot": -1,
             "tokens_predicted": self._n_sent[i],
-            "tokens_evaluated": stream.n_prompt,
+            "tokens_evaluated": n_prompt,
         }
-        if self._body.n_probs:
-            values["completion_probabilities"] = self._probabilities(new)
-        return event(values)
 
     def finish(self, i: int, result: Result) -> bytes:
         return event(self._last(i, result))

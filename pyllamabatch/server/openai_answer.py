@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from ..engine.results import Result
+from ..engine.results import PromptProgress, Result
+from ..engine.stream import Stream
 from . import tokens
 from .answer import DONE, Answer, event
 from .bodies import SamplingBody
@@ -23,6 +24,8 @@ class OpenAIAnswer(Answer):
     ) -> None:
         self._service = service
         self._options = body.stream_options
+        self._timed = body.timings_per_token
+        self.reports = body.return_progress
         self._n_samples = body.n
         self._n_prompt = prepared.n_prompt
         self._head = {
@@ -34,10 +37,23 @@ class OpenAIAnswer(Answer):
         }
 
     def around(self, i: int) -> tuple[bytes, bytes] | None:
-        if not self._plain or self._options.continuous_usage_stats:
+        if not self._plain or self._timed or self._options.continuous_usage_stats:
             return None
         before, _, after = self._event(i, self._text_choice("\0"), 0).rpartition(rb"\u0000")
         return before, after
+
+    def progress(self, i: int, progress: PromptProgress) -> bytes:
+        more = {"timings": tokens.prompt_timings(progress)} if self._timed else {}
+        said = tokens.prompt_progress(progress)
+        return self._event(i, self._no_choice(), 0, prompt_progress=said, **more)
+
+    def _timings(self, stream: Stream) -> dict[str, Any]:
+        """What an event says of them before the last one."""
+        return {"timings": tokens.timings(stream.times())} if self._timed else {}
+
+    @abstractmethod
+    def _no_choice(self) -> dict[str, Any]:
+        """A choice of an event before the first token, without its index."""
 
     @abstractmethod
     def _text_choice(self, text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.results import Chunk, Result, Token
+from ..engine.results import Chunk, PromptProgress, Result, Token
 from ..engine.stream import Stream
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta
@@ -156,6 +156,9 @@ class ResponsesAnswer(Answer):
         self._with_logprobs = body.n_logprobs is not None
         self._logprobs: list[dict[str, Any]] = []
         self._n_sent = 0  # of these
+        self._timed = body.timings_per_token
+        self._timings: dict[str, Any] = {}  # of an event with new text
+        self.reports = body.return_progress
         self._reader = turn.reader()
         self._blocks = Blocks()
         self._ids: list[str] = []  # of the items
@@ -184,12 +187,21 @@ class ResponsesAnswer(Answer):
         return self._complete(results[0], blocks_of(self._turn, results[0]))
 
     def begin(self) -> bytes:
-        response = {**self._head, "status": "in_progress", "output": [], "usage": None}
-        return self._event("created", response=response) + self._event(
-            "in_progress", response=response
-        )
+        return self._event("created", response=self._begun()) + self._in_progress()
+
+    def _begun(self) -> dict[str, Any]:
+        return {**self._head, "status": "in_progress", "output": [], "usage": None}
+
+    def _in_progress(self, **more: Any) -> bytes:
+        return self._event("in_progress", response=self._begun(), **more)
+
+    def progress(self, i: int, progress: PromptProgress) -> bytes:
+        more = {"timings": tokens.prompt_timings(progress)} if self._timed else {}
+        return self._in_progress(prompt_progress=tokens.prompt_progress(progress), **more)
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        if self._timed:
+            self._timings = {"timings": tokens.timings(stream.times())}
         if self._with_logprobs:
             self._look_at(stream.between(chunk.start, chunk.stop))
         return self._events(self._reader.feed(chunk.text))
@@ -200,7 +212,8 @@ class ResponsesAnswer(Answer):
 
     def end(self, results: Sequence[Result]) -> bytes:
         response = self._complete(results[0], self._blocks.all or [Block(0, "text")])
-        return self._event(response["status"], response=response)
+        timings = tokens.timings(results[0])
+        return self._event(response["status"], response=response, timings=timings)
 
     def failed(self, error: ApiError) -> bytes:
         said = {"code": error.error["code"] or "server_error", "message": str(error)}
@@ -235,7 +248,7 @@ class ResponsesAnswer(Answer):
             if block.kind == "text":
                 more["logprobs"] = self._logprobs[self._n_sent :]
                 self._n_sent = len(self._logprobs)
-            return self._event(f"{name}.delta", **where, delta=text, **more)
+            return self._event(f"{name}.delta", **where, delta=text, **more, **self._timings)
         if block.kind == "tool":
             done = self._event(f"{name}.done", **where, name=block.name, arguments=block.text)
         else:

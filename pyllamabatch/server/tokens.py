@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from ..engine.results import Result, Token
+from ..engine.results import PromptProgress, Result, TimesSoFar, Token
 from .bodies import StreamOptions
 
 PieceOf = Callable[[int], bytes]
@@ -41,7 +41,23 @@ def finish_reason(result: Result) -> str:
     return "stop" if result.finish_reason == "stop" else "length"
 
 
-def timings(result: Result) -> dict[str, Any]:
+def prompt_progress(progress: PromptProgress) -> dict[str, Any]:
+    """llama-server's."""
+    return {
+        "total": progress.n_prompt,
+        "cache": progress.n_cached,
+        "processed": progress.n_computed,
+        "time_ms": int(1e3 * progress.seconds),
+    }
+
+
+def prompt_timings(progress: PromptProgress) -> dict[str, Any]:
+    """`timings` before the first token."""
+    seconds = progress.seconds
+    return timings(TimesSoFar(progress.n_computed, progress.n_cached, 0, 0.0, None, seconds))
+
+
+def timings(result: Result | TimesSoFar) -> dict[str, Any]:
     """llama-server's `timings`, in ms. The prompt ends with the first token. Drafts are told of
     where there were any."""
     first = result.e2el_s if result.ttft_s is None else result.ttft_s

@@ -14,14 +14,25 @@ import httpx
 import pytest
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from pyllamabatch.errors import ContextCreateError, KvCacheFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import answer
 from pyllamabatch.server.app import create_app
+from pyllamabatch.server.errors import of
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import held
-from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, running, serving, until
+from tests.support.served import (
+    ANSWER,
+    ENDLESS,
+    SUM,
+    SUM_CHAT,
+    Served,
+    running,
+    serving,
+    until,
+)
 
-TEXT = "/v1/completions"
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -164,3 +175,25 @@ def test_where_one_choice_fails_no_other_writes_any_more() -> None:
     with pytest.raises(ValueError, match="no token"):
         asyncio.run(answer._all([goes_on(), fails()]))
     assert ended
+
+
+def test_what_has_no_cells_now_may_come_again(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that gave its cells up, and does not get them back: others may free some."""
+    with serving(embedded_model) as small:
+        monkeypatch.setattr(small.engine._core, "_grow", lambda: ContextCreateError("no memory"))
+        for path, body in ((TEXT, {"prompt": SUM}), (CHAT, SUM_CHAT)):
+            response = small.post(path, body)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            error = response.json()["error"]
+            assert (error["code"], error["type"]) == ("out_of_memory", "unavailable_error")
+            (event,) = [e["error"] for e in small.events(path, body) if "error" in e]
+            assert event == error
+        monkeypatch.undo()
+        assert small.ok(CHAT, SUM_CHAT)["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_a_batch_without_cells_is_no_fault_of_the_server() -> None:
+    assert of(KvCacheFull(1)).status == 503
