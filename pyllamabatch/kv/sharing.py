@@ -39,6 +39,11 @@ class Sharing:
         return self.copy_part or self.copy_whole or self.trim
 
     @property
+    def fills(self) -> bool:
+        """Whether rows that no sequence reads can be taken out again, which fill a prompt up."""
+        return self.trim and (self.tries or not self.window)
+
+    @property
     def at_checkpoints(self) -> bool:
         """Only whole states can be taken over, so copies have to be made at the right positions."""
         return self.copy_whole and not self.trim and not self.copy_part and self.n_cached > 0

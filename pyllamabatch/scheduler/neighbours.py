@@ -18,14 +18,11 @@ MOST = 4  # prompts that are computed together
 
 
 class Neighbours:
-    """Of one context. stream_seconds: for a copy of a stream of cells. possible: its sequences have
-    streams, of which the end can be taken out again. moves: and these can be copied."""
+    """Of one context. stream_seconds: for a copy of a stream of cells. moves: streams can be
+    copied."""
 
-    def __init__(
-        self, limits: Limits, stream_seconds: float, *, possible: bool, moves: bool
-    ) -> None:
-        self.possible = possible and limits.behind and not limits.unified
-        self.moves = moves and self.possible
+    def __init__(self, limits: Limits, stream_seconds: float, *, moves: bool) -> None:
+        self.moves = moves and limits.fills
         self._limits = limits
         self._stream_seconds = stream_seconds
 

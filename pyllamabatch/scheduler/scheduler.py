@@ -74,7 +74,9 @@ class Scheduler:
         n_slots = limits.n_seq_max + kv.sharing.n_cached
         # Streams for what is cached are beside those of the limits.
         self._n_cells_behind = 0 if limits.unified else kv.sharing.n_cached * limits.n_cells_seq
-        self.limits = limits if kv.invariance is None else replace(limits, behind=False)
+        behind = limits.behind and kv.invariance is None
+        fills = behind and not limits.unified and kv.sharing.fills
+        self.limits = replace(limits, behind=behind, fills=fills)
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
         self._pool = kv.pool
         self.invariance = kv.invariance

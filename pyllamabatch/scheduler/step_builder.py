@@ -48,7 +48,6 @@ class StepBuilder:
         self.neighbours = Neighbours(
             limits,
             admission.swap.stream_seconds,
-            possible=sharing.trim and (sharing.tries or not sharing.window),
             moves=sharing.copy_whole,
         )
         self._limits = limits
@@ -81,7 +80,7 @@ class StepBuilder:
             if behind := self._comes_behind(n_wait, n_rows - n_wait):
                 at_once = [slot for slot in last if slot not in cut]
                 decode = self._sequences.running.decode_slots_but(out, at_once)
-                if len(chunks) > 1 and self.neighbours.possible and self.cost is not None:
+                if len(chunks) > 1 and self._limits.fills and self.cost is not None:
                     chunks = self.neighbours.evened(chunks, self.cost)
             n_rows = len(decode) + sum([chunk.n for chunk in chunks])
             n_slots = len(decode) + len(cut) - (0 if behind else n_wait)

@@ -32,7 +32,8 @@ class Limits:
     - unified: all sequences share one pool of cells; else each has a stream of its own.
     - gap_max: with streams, so many empty slots in a row are filled with rows that no sequence
       sees, so that those around them are computed together (`Stepper`'s gap_max).
-    - behind: with streams, a call's prompts may be computed behind its rows that decode.
+    - behind: with streams, a call's prompts may be computed behind its rows that decode. fills: and
+      filled up to the same number of rows, so that several are computed together.
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
       before each step that may have them. drafts_move_sampling: steps that may have them are
@@ -47,6 +48,7 @@ class Limits:
     unified: bool = True
     gap_max: int = 0
     behind: bool = True
+    fills: bool = False
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False

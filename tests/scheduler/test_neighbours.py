@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import Limits, PromptChunk, Step
+from pyllamabatch.kv import Sharing
+from pyllamabatch.scheduler import KvOptions, Limits, PromptChunk, Scheduler, Step
 from pyllamabatch.scheduler.neighbours import MOST, Neighbours
 from tests.support.made_up_costs import Linear
 
-LIMITS = Limits(256, 256, 8, n_cells=8 * 300, n_cells_seq=300, unified=False)
+LIMITS = Limits(256, 256, 8, n_cells=8 * 300, n_cells_seq=300, unified=False, fills=True)
 
 
 def neighbours(limits: Limits = LIMITS, stream_seconds: float = 0.0) -> Neighbours:
-    return Neighbours(limits, stream_seconds, possible=True, moves=True)
+    return Neighbours(limits, stream_seconds, moves=True)
 
 
 def filled(chunks: dict[int, int], cost: Linear, start: int = 0) -> dict[int, int]:
@@ -106,6 +107,14 @@ def test_newcomers_get_slots_in_a_row() -> None:
 
 def test_not_where_prompts_are_computed_apart() -> None:
     pool = Limits(256, 256, 8, n_cells=2400, n_cells_seq=2400)
-    for limits in (pool, pool.__class__(256, 256, 8, 2400, 300, unified=False, behind=False)):
-        assert not neighbours(limits).possible
+    apart = Limits(256, 256, 8, 2400, 300, unified=False, behind=False)
+    for limits in (pool, apart):
+        assert not Scheduler(limits, kv=KvOptions(Sharing(trim=True))).limits.fills
         assert not neighbours(limits).moves
+    for sharing, fills in (
+        (Sharing(trim=True), True),
+        (Sharing(), False),
+        (Sharing(trim=True, window=64), False),
+        (Sharing(trim=True, window=64, tries=True), True),
+    ):
+        assert Scheduler(LIMITS, kv=KvOptions(sharing)).limits.fills is fills
