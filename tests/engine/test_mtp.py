@@ -107,7 +107,7 @@ def test_all_rows_of_a_step_are_one_batch() -> None:
         with engine_of(model, speculate=drafter, **how) as engine:
             builder = engine._core.scheduler._builder
             assert builder._comes_behind(1, 2) == (drafter is None)
-            assert not builder.neighbours.possible or drafter is None  # their rows have no states
+            assert not builder._limits.fills or drafter is None  # their rows have no states
 
 
 def test_the_same_bits_as_without() -> None:
