@@ -28,9 +28,18 @@ COST = 0.01  # of the time, that lost trials take at most
 LESS = 0.85  # of the share that a thread has computed before: then others have its core
 
 
+class Timed(NamedTuple):
+    """Steps that were timed together: seconds of each, and the share that their thread computed."""
+
+    each: float
+    share: float
+
+
 class ThreadWatch:
     """The leader's. Steps with prompts have all threads. Those that may have drafts have as many as
-    the same sequences without, and are timed where they had none."""
+    the same sequences without, and are timed where they had none. Each number of rows has its own
+    choice, but trials are counted together: lost ones take no
+    more than `COST` of the time."""
 
     def __init__(
         self, set_threads: Callable[[int, int], object], n_threads: int, n_threads_batch: int
@@ -39,6 +48,8 @@ class ThreadWatch:
         self._set_threads = set_threads
         self._all = self._now = (n_threads, n_threads_batch)
         self._choices: dict[int, ThreadChoice] = {}  # by rows
+        self._trial_at = perf_counter() + SOON  # the next one
+        self._usual = 1.0  # share of their time that steps' thread computed, at the last decision
         self.tries = False  # the call since `begin` has threads that may be the wrong ones
 
     def begin(self, call: Step, n_steps: int) -> int:
@@ -58,8 +69,20 @@ class ThreadWatch:
         if choice is not None and run.n_drafted:
             choice.give_up()
         elif choice is not None and run.n_steps:
-            choice.took(run.n_steps, run.seconds, own, perf_counter())
+            timed = choice.took(run.n_steps, run.seconds, own)
+            if timed is not None:
+                self._look(choice, timed, perf_counter())
         return self._wanted(choice) == self._now
+
+    def _look(self, choice: ThreadChoice, timed: Timed, now: float) -> None:
+        if choice.other:
+            lost = choice.compared(timed)
+            if lost is not None:
+                self._trial_at = now + max(SOON, lost / COST)
+                self._usual = choice.share
+        elif now >= self._trial_at or timed.share < LESS * self._usual:
+            self._trial_at = now + SOON
+            choice.compare(timed)
 
     def _wanted(self, choice: ThreadChoice | None) -> tuple[int, int]:
         if choice is None or choice.n_now == choice.n_most:
@@ -72,34 +95,24 @@ class ThreadWatch:
             return None
         choice = self._choices.get(n_rows)
         if choice is None:
-            choice = self._choices[n_rows] = ThreadChoice(most, perf_counter() + SOON)
+            choice = self._choices[n_rows] = ThreadChoice(most)
         return choice
-
-
-class Timed(NamedTuple):
-    """Steps that were timed together: seconds of each, and the share that their thread computed."""
-
-    each: float
-    share: float
 
 
 @dataclass(slots=True)
 class ThreadChoice:
-    """Of steps of as many rows. `n_most`: threads that there are. `trial_at`: when two numbers of
-    them are compared next. `usual`: share of the steps' time that their thread computed, with `n`
-    threads, when this was chosen."""
+    """Of steps of as many rows. `n_most`: threads that there are."""
 
     n_most: int
-    trial_at: float
     n: int = 0
     other: int = 0  # that is compared with `n`; 0: none
     n_trials: int = 0
-    usual: float = 1.0
     windows: list[Timed] = field(default_factory=list)  # of the trial
     n_done: int = 0  # steps of the window, and their seconds, and those that their thread computed
     seconds: float = 0.0
     own: float = 0.0
     each: float = LOOK  # of the last window while nothing was compared
+    share: float = 1.0  # of the last window with `n`
 
     def __post_init__(self) -> None:
         self.n = self.n_most
@@ -113,22 +126,18 @@ class ThreadChoice:
         """Steps until the next decision."""
         return WINDOW - self.n_done if self.other else max(WINDOW, int(LOOK / self.each))
 
-    def took(self, n_steps: int, seconds: float, own: float, now: float) -> None:
+    def took(self, n_steps: int, seconds: float, own: float) -> Timed | None:
+        """A window, where they end one."""
         self.n_done += n_steps
         self.seconds += seconds
         self.own += own
         if self.n_done < WINDOW or not self.seconds:
-            return
-        window = Timed(self.seconds / self.n_done, self.own / self.seconds)
+            return None
+        timed = Timed(self.seconds / self.n_done, self.own / self.seconds)
         self._begin_window()
-        if self.other:
-            self.windows.append(window)
-            if len(self.windows) == WINDOWS or window.each > HOPELESS * self.windows[0].each:
-                self._decide(now)
-            return
-        self.each = window.each
-        if now >= self.trial_at or window.share < LESS * self.usual:
-            self._compare(window)
+        if not self.other:
+            self.each = timed.each
+        return timed
 
     def give_up(self) -> None:
         """A trial whose next steps can't be compared with those before. Another one follows."""
@@ -139,16 +148,20 @@ class ThreadChoice:
     def _begin_window(self) -> None:
         self.n_done, self.seconds, self.own = 0, 0.0, 0.0
 
-    def _compare(self, window: Timed) -> None:
-        """`window`: the first one of the trial."""
+    def compare(self, timed: Timed) -> None:
+        """`timed`: the first window of the trial."""
         n, most = self.n, self.n_most
         near = dict.fromkeys((n - 1, n // 2, n + 1, min(2 * n, most)))
         others = [other for other in near if 1 <= other <= most and other != n]
         self.other = others[self.n_trials % len(others)]
         self.n_trials += 1
-        self.windows = [window]
+        self.windows = [timed]
 
-    def _decide(self, now: float) -> None:
+    def compared(self, timed: Timed) -> float | None:
+        """The next window of it. Seconds that were lost, once it is decided; None before."""
+        self.windows.append(timed)
+        if len(self.windows) < WINDOWS and timed.each <= HOPELESS * self.windows[0].each:
+            return None
         mine, others = self.windows[::2], self.windows[1::2]
         best = min(window.each for window in mine)
         enough = FEWER if self.other < self.n else 1.0
@@ -158,5 +171,5 @@ class ThreadChoice:
             self.n, mine = self.other, others
         else:
             lost = WINDOW * sum(window.each - best for window in others)
-        self.usual = mine[-1].share
-        self.other, self.trial_at = 0, now + max(SOON, lost / COST)
+        self.other, self.share = 0, mine[-1].share
+        return lost

@@ -82,6 +82,11 @@ def test_what_has_no_core_is_given_up_and_taken_back(machine: Machine) -> None:
     assert machine.compute(60)[N] > 0.95
 
 
+def test_trials_of_many_numbers_of_rows_cost_no_more(machine: Machine) -> None:
+    shares = [machine.compute(0.6, rows=2 + i % 16)[N] for i in range(1000)]
+    assert 0.98 < sum(shares) / 1000 < 1
+
+
 def test_a_new_engine_meets_a_neighbour_in_its_first_steps(machine: Machine) -> None:
     machine.seconds, machine.share = lambda threads, rows: 0.06 if threads > 3 else 0.04, 0.6
     machine.compute(0.06 * WINDOW * WINDOWS, at_once=64)
