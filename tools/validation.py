@@ -134,8 +134,9 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
         kv = table["kv_used"] - rows
         if cost.computes_masked:
             kv = np.maximum(kv, reaches(table))
-    of_prompts = prompt + table["prompt_filled"]
-    computed = rows + table["filled"] + table["prompt_filled"]
+    filled = table["prompt_filled"].sum(1)
+    of_prompts = prompt + filled
+    computed = rows + table["filled"] + filled
     shapes = zip(computed.tolist(), of_prompts.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
     regime = np.array([cost.regime_of(n) for n in computed.tolist()], dtype=np.int64)

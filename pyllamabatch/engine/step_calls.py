@@ -45,10 +45,10 @@ class StepCalls:
         n_before = self._write_chunks(call) if call.chunks else 0
         first = self._stepper.n_recorded
         if self._trace is not None:
-            prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in call.chunks]
+            prompts = [(chunk.slot, chunk.id, chunk.n, chunk.fill) for chunk in call.chunks]
             used = self._scheduler.accounting.used
             rows = call.n_rows, used, call.decode
-            self._trace.begin(first, *rows, prompts, call.reasons, call.n_fill)
+            self._trace.begin(first, *rows, prompts, call.reasons)
         self._running = call, first
         if self._drafts is not None:
             set_drafts(self._drafts, call)

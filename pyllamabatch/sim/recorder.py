@@ -36,10 +36,10 @@ class StepRecorder:
     def begin(self, step: Step, now: float, kv_used: int) -> None:
         """A call begins. kv_used: cells that are held."""
         self.trace.idle_ns = round((now - self._end) * 1e9) if self._n else 0
-        prompts = [(chunk.slot, 1 + chunk.id, chunk.n) for chunk in step.chunks]
+        prompts = [(chunk.slot, 1 + chunk.id, chunk.n, chunk.fill) for chunk in step.chunks]
         reasons = {1 + id: text for id, text in step.reasons.items()}
         rows = step.n_rows, kv_used, step.decode
-        self.trace.begin(self._n, *rows, prompts, reasons, step.n_fill)
+        self.trace.begin(self._n, *rows, prompts, reasons)
 
     def ended(
         self, step: Step, start: float, ends: F64, n_filled: int, steps: Steps | None

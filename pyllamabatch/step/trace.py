@@ -19,8 +19,8 @@ from pyllamabatch.step.ring_reader import PHASES, TIMES, StepTable
 from pyllamabatch.step.types import I32
 
 Trace = npt.NDArray[np.void]
-Prompt = tuple[int, int, int]
-"""Rows of a prompt in a step: its slot, its request's id, how many."""
+Prompt = tuple[int, int, int, int]
+"""Rows of a prompt in a step: its slot, its request's id, how many, and how many fill it up."""
 NO_REASONS: Mapping[int, str] = MappingProxyType({})
 _COUNTS = "rows", "prefill_rows", "decode_rows", "sampled", "filled", "drafted", "accepted"
 
@@ -37,27 +37,26 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
     - filled: rows of other sequences beside these, whose output is not read (`Stepper`'s gap_max,
-      and `Padding`). prompt_filled: rows that make prompts as long as others, so that they are
-      computed together (`Neighbours`).
+      and `Padding`).
     - drafted: rows of drafted tokens, which are among `decode_rows`; accepted: of these, rows that
       were right and stay.
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
     - ids, chunk, by slot, shape (slots,): the request that has rows in this step, 0 where there
-      are none; and how many of its prompt, without a last one that is sampled from.
+      are none; and how many of its prompt, without a last one that is sampled from. prompt_filled,
+      by slot: rows that make the prompt as long as others, so that they are computed together
+      (`Neighbours`).
     - reasons: why the policy planned it so, a dict: text by request id, of those that were
       admitted, cut or preempted.
     - preempted: which requests were preempted before it, a dict: the slot that each had, by id."""
     return np.dtype(
         [
             *((name, np.int64) for name in ("t_start_ns", *TIMES, "python_ns", "run", "kv_used")),
-            *(
-                (name, np.int32)
-                for name in (*_COUNTS, "prompt_filled", "reused", "code", "on_device")
-            ),
+            *((name, np.int32) for name in (*_COUNTS, "reused", "code", "on_device")),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
+            ("prompt_filled", np.int32, (n_seq_max,)),
             ("reasons", object),
             ("preempted", object),
         ]
@@ -69,7 +68,6 @@ class _Call(NamedTuple):
 
     first: int  # the number of its first step
     n_rows: int
-    n_fill: int
     kv_used: int  # before
     idle_ns: int  # before
     decode: I32  # slots
@@ -106,12 +104,11 @@ class StepTrace:
         decode: I32,
         prompts: Sequence[Prompt] = (),
         reasons: Mapping[int, str] = NO_REASONS,
-        n_fill: int = 0,
     ) -> None:
         """The steps from number `first` on decode these slots, and the first has rows of prompts.
 
-        kv_used: cells that are held before it. reasons: the policy's, by request id. n_fill: rows
-        that fill up prompts, which are not among `n_rows`. `decode` must not change afterwards."""
+        kv_used: cells that are held before it. Rows that fill prompts up are not among `n_rows`.
+        reasons: the policy's, by request id. `decode` must not change afterwards."""
         calls, idle_ns, preempted = self._calls, self.idle_ns, self.preempted
         # The decoding slots are one array as long as none comes or goes: so are their ids.
         same = calls and calls[-1].decode is decode
@@ -120,7 +117,7 @@ class StepTrace:
             nothing = calls.pop()
             idle_ns, preempted = idle_ns + nothing.idle_ns, {**nothing.preempted, **preempted}
         calls.append(
-            _Call(first, n_rows, n_fill, kv_used, idle_ns, decode, ids, prompts, reasons, preempted)
+            _Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts, reasons, preempted)
         )
         self.idle_ns = 0
         self.preempted = {}
@@ -186,7 +183,6 @@ def _fill(
     table["reused"] = reused[-n:]
     table["sampled"] = steps["n_results"]
     table["filled"] = steps["n_filled"]
-    table["prompt_filled"] = each(call.n_fill for call in calls)
     table["drafted"] = steps["n_drafted"]
     table["accepted"] = steps["n_accepted"]
     rows = each(call.n_rows for call in calls)
@@ -211,9 +207,10 @@ def _fill(
         if number[start] == call.first:
             table["preempted"][start] = call.preempted
         table["ids"][of_call, call.decode] = call.ids
-        for slot, id, n_prompt in call.prompts:
+        for slot, id, n_prompt, n_fill in call.prompts:
             table["ids"][of_call, slot] = id
             table["chunk"][of_call, slot] = n_prompt
+            table["prompt_filled"][of_call, slot] = n_fill
 
 
 def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
@@ -226,7 +223,7 @@ def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
 
 
 _ENGINE, _REQUESTS = 1, 2  # "processes": groups of tracks
-_ARGUMENTS = (*_COUNTS, "prompt_filled", "kv_used", "reused", "run", "code")
+_ARGUMENTS = (*_COUNTS, "kv_used", "reused", "run", "code")
 
 
 def _names(trace: Trace) -> Iterator[dict[str, Any]]:
@@ -272,10 +269,12 @@ def _steps(trace: Trace) -> Iterator[dict[str, Any]]:
 def _sequences(trace: Trace) -> Iterator[dict[str, Any]]:
     took = np.sum([trace[name] for name in TIMES], axis=0).tolist()
     steps, slots = np.nonzero(trace["ids"])
-    ids, chunks = trace["ids"][steps, slots].tolist(), trace["chunk"][steps, slots].tolist()
+    columns = (trace[name][steps, slots].tolist() for name in ("ids", "chunk", "prompt_filled"))
     starts = _starts(trace)
-    for id, chunk, i, slot in zip(ids, chunks, steps.tolist(), slots.tolist(), strict=True):
+    for id, chunk, n_fill, i, slot in zip(*columns, steps.tolist(), slots.tolist(), strict=True):
         name, args = f"prefill {chunk}" if chunk else "decode", {"slot": slot, "step": i}
+        if n_fill:
+            args["prompt_filled"] = n_fill
         yield _event("X", _REQUESTS, id, name, starts[i], dur=took[i] / 1e3, args=args)
 
 

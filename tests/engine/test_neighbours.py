@@ -6,6 +6,7 @@ import pytest
 
 from pyllamabatch import Engine
 from pyllamabatch.scheduler import Step
+from pyllamabatch.server import live
 from tests.engine.test_padding import PROMPTS
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.decoding import loaded
@@ -54,7 +55,10 @@ def test_no_token_and_no_cell_is_another_one(name: str, prefix_cache: bool) -> N
     assert second == first + 1
     assert two.n_fill == abs(two.chunks[0].n - two.chunks[1].n) > 0
     assert len(two.parts()) == 1
-    assert sorted(trace["prompt_filled"].tolist())[-2:] == [0, two.n_fill]
+    filled = trace["prompt_filled"]
+    assert filled[filled > 0].tolist() == [two.n_fill]
+    (step,) = (step for step in live.steps_of(trace) if step["prompt_filled"])
+    assert step["prompt_filled"] == [[chunk.slot, chunk.fill] for chunk in two.chunks if chunk.fill]
 
 
 def test_two_groups_that_are_as_long() -> None:

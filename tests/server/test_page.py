@@ -261,15 +261,7 @@ def test_lanes_of_padding_and_preempted_ones(page: Any, tmp_path: Path) -> None:
     path.write_text(live.page(steps, "steps.json"))
     page.goto(path.as_uri())
     until(lambda: page.evaluate("!window.batch.changed"))
-    colors = page.evaluate(
-        """() => [0, 1, 2, 3].map((i) => [0, 1, 2, 3].map((slot) => {
-        const x = GUTTER + i * state.zoom + 2, y = TOP + (slot + 0.5) * laneHeight();
-        const at = [...pen.getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data];
-        const hex = "#" + at.slice(0, 3).map((v) => v.toString(16).padStart(2, "0")).join("");
-        const names = ["decode", "prompt", "filled", "preempted"];
-        return at[3] ? names.find((name) => color(name) === hex) : ""; }))"""
-    )
-    assert colors == [
+    assert [[color_at(page, i, slot + 0.5) for slot in range(4)] for i in range(4)] == [
         ["decode", "", "decode", "filled"],
         ["decode", "", "preempted", "filled"],
         ["decode", "", "preempted", "filled"],
@@ -287,6 +279,39 @@ def test_lanes_of_padding_and_preempted_ones(page: Any, tmp_path: Path) -> None:
     assert "9 rows (1 decode, 5 drafted, of which 2 right, 0 of prompts, 3 padding)" in about
     assert "request 2: slot 2, 1" in about
     assert "preempted 1 times" in about
+
+
+@pytest.mark.browser
+def test_a_prompt_that_is_filled_up(page: Any, tmp_path: Path) -> None:
+    """Of slot 1, to three times as many rows: as many as that in slot 0 has."""
+    counts = {"rows": 41, "prefill": 40, "decode": 1, "sampled": 1, "filled": 0, "reasons": {}}
+    lanes = [[0, 1, 30], [1, 2, 10], [3, 3, 0]]
+    step = {**made_up_step(0), **counts, "lanes": lanes, "prompt_filled": [[1, 20]]}
+    path = tmp_path / "steps.html"
+    path.write_text(live.page([step], "steps.json"))
+    page.goto(path.as_uri())
+    until(lambda: page.evaluate("!window.batch.changed"))
+    found = [color_at(page, 0, lane) for lane in (0.1, 0.5, 1.1, 1.5, 1.85, 3.5)]
+    assert found == ["prompt", "prompt", "filled", "filled", "prompt", "decode"]
+    x, y = page.evaluate("[GUTTER + 2, TOP + 1.5 * laneHeight()]")
+    page.click("#canvas", position={"x": x, "y": y})
+    about = page.inner_text("#about")
+    assert "61 rows (1 decode, 0 drafted, of which 0 right, 40 of prompts, 20 padding)" in about
+    assert "request 2: slot 1; prompt rows 10;" in about
+
+
+def color_at(page: Any, step: int, lane: float) -> str:
+    """The name of the color of a step's column, so many lanes from the top; "" for none."""
+    found: str = page.evaluate(
+        """([step, lane]) => {
+        const x = GUTTER + step * state.zoom + 2, y = TOP + lane * laneHeight();
+        const at = [...pen.getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data];
+        const hex = "#" + at.slice(0, 3).map((v) => v.toString(16).padStart(2, "0")).join("");
+        const names = ["decode", "prompt", "filled", "preempted"];
+        return at[3] ? names.find((name) => color(name) === hex) : ""; }""",
+        [step, lane],
+    )
+    return found
 
 
 def made_up_step(i: int) -> live.Step:
@@ -312,6 +337,7 @@ def made_up_step(i: int) -> live.Step:
         "reused": 1,
         "code": 0,
         "lanes": lanes,
+        "prompt_filled": [],
         "preempted": [],
         "padded": [],
         "reasons": {"3": "it has waited for 2 s"} if i % 50 == 0 else {},

@@ -56,11 +56,10 @@ class Recorder:
         slots: Sequence[int],
         prompts: Sequence[Prompt] = (),
         first: int | None = None,
-        n_fill: int = 0,
     ) -> None:
-        n_rows = len(slots) + sum(n for _, _, n in prompts)
+        n_rows = len(slots) + sum(n for _, _, n, _ in prompts)
         number = self.n if first is None else first
-        self.made.begin(number, n_rows, kv_used, np.array(slots, np.int32), prompts, n_fill=n_fill)
+        self.made.begin(number, n_rows, kv_used, np.array(slots, np.int32), prompts)
 
     def record(
         self, kv_used: int, slots: Sequence[int], table: Trace, prompts: Sequence[Prompt] = ()
@@ -81,7 +80,7 @@ def test_the_record_of_a_step_and_of_a_run() -> None:
     made = recorder.made
     made.ids[:] = (7, 0, 9, 8)
     made.idle_ns = 5000
-    recorder.record(30, [0, 3], native(1000, 1, 1), prompts=[(2, 9, 6)])
+    recorder.record(30, [0, 3], native(1000, 1, 1), prompts=[(2, 9, 6, 0)])
     made.idle_ns = 300
     recorder.record(38, [3, 2], native(2000, 3, 2))
     trace = recorder.table()
@@ -102,14 +101,14 @@ def test_the_record_of_a_step_and_of_a_run() -> None:
 
 def test_rows_that_fill_up_prompts_are_told_apart() -> None:
     recorder = Recorder(16, 4)
-    recorder.begin(30, [0, 3], [(1, 9, 6), (2, 8, 4)], n_fill=2)
+    recorder.begin(30, [0, 3], [(1, 9, 6, 0), (2, 8, 4, 2)])
     steps = StepTable(1)
     recorder.made.add_steps(steps)
     steps.table[:], steps.n = native(1000, 1), 1
     recorder.n += 1
     recorder.record(42, [0, 3], native(2000, 2))
     trace = recorder.table()
-    assert trace["prompt_filled"].tolist() == [2, 0, 0]
+    assert trace["prompt_filled"].tolist() == [[0, 0, 2, 0], [0] * 4, [0] * 4]
     assert trace["filled"].tolist() == [0, 0, 0]
     assert trace["rows"].tolist() == [12, 2, 2]
     assert trace["prefill_rows"].tolist() == [10, 0, 0]

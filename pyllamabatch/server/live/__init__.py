@@ -8,6 +8,7 @@ A step is a JSON object:
   `pyllamabatch.step.trace`.
 - lanes: [slot, request, prompt rows (0: it decodes)] of each request with rows in it.
 - preempted: [slot, request] of each that was preempted before it. padded: slots of `filled`.
+  prompt_filled: [slot, rows] of each prompt that is filled up.
 - reasons: the policy's, by request."""
 
 import json
@@ -39,10 +40,15 @@ def steps_of(trace: Trace) -> list[Step]:
     found = np.stack([slots, trace["ids"][at, slots], trace["chunk"][at, slots]], 1)
     ends = np.searchsorted(at, np.arange(len(trace) + 1)).tolist()
     lanes = [found[start:end] for start, end in pairwise(ends)]
+    fills: list[list[list[int]]] = [[] for _ in lanes]
+    for i, slot in np.argwhere(trace["prompt_filled"]).tolist():
+        fills[i].append([slot, int(trace["prompt_filled"][i, slot])])
     columns = (trace[name].tolist() for name in ("t_start_ns", "reasons", "preempted"))
     return [
-        _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, why, taken)
-        for took, count, lane, start, why, taken in zip(times, counts, lanes, *columns, strict=True)
+        _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, fill, why, taken)
+        for took, count, lane, fill, start, why, taken in zip(
+            times, counts, lanes, fills, *columns, strict=True
+        )
     ]
 
 
@@ -51,6 +57,7 @@ def _step(
     phases: Sequence[float],
     counts: Sequence[int],
     lanes: npt.ArrayLike,
+    prompt_filled: list[list[int]],
     reasons: Mapping[Any, str],
     preempted: Mapping[int, int],
 ) -> Step:
@@ -61,6 +68,7 @@ def _step(
         "phases": [round(ms, 3) for ms in phases],
         **named,
         "lanes": lanes,
+        "prompt_filled": prompt_filled,
         "preempted": [[slot, id] for id, slot in preempted.items()],
         "padded": padded(lanes, named["decode"], named["filled"]),
         "reasons": {str(id): text for id, text in reasons.items()},
@@ -113,7 +121,7 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
             why = {
                 id.removeprefix("request "): text for id, text in args.get("reasons", {}).items()
             }
-            steps.append(_step(event["ts"] / 1e3, [0.0] * 5, counts, [], why, {}))
+            steps.append(_step(event["ts"] / 1e3, [0.0] * 5, counts, [], [], why, {}))
             steps[-1] |= {"ms": round(event["dur"] / 1e3, 3)}
             steps[-1]["phases"][4] = round(python_ms, 3)
             python_ms = 0.0
@@ -123,6 +131,8 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
             kind, _, n = name.partition(" ")
             lane = [args["slot"], event["tid"], int(n) if kind == "prefill" else 0]
             steps[args["step"]]["lanes"].append(lane)
+            if n_fill := args.get("prompt_filled"):
+                steps[args["step"]]["prompt_filled"].append([args["slot"], n_fill])
         elif name in PHASES:
             steps[-1]["phases"][PHASES.index(name)] = round(event["dur"] / 1e3, 3)
     if not steps:

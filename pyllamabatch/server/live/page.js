@@ -132,7 +132,7 @@ function draw() {
   let mostMs = 1, mostRows = 1, mostCells = 1;
   for (let i = start; i < end; i++) {
     mostMs = Math.max(mostMs, state.steps[i].ms);
-    mostRows = Math.max(mostRows, state.steps[i].rows + state.steps[i].filled);
+    mostRows = Math.max(mostRows, state.steps[i].rows + paddingOf(state.steps[i]));
     mostCells = Math.max(mostCells, state.steps[i].kv_used);
   }
   const names = ["decode", "accepted", "rejected", "prompt", "filled", "preempted", "cells", "other",
@@ -152,6 +152,10 @@ function draw() {
       (n ? paths.prompt : paths.decode).rect(x, y, w, lane - 1);
       if (id === state.chosen) paths.chosen.rect(x, y, w, lane - 1);
       if (step.reasons[id]) paths.reason.rect(x, y, Math.min(w, 3), lane - 1);
+    }
+    for (const [slot, n] of step.prompt_filled) { // the part of its lane
+      const [, , prompt] = step.lanes.find(([at]) => at === slot), part = n / (n + prompt);
+      paths.filled.rect(x, TOP + slot * lane, w, (lane - 1) * part);
     }
     for (const slot of step.padded) paths.filled.rect(x, TOP + slot * lane, w, lane - 1);
     for (const [, slot] of step.out) paths.preempted.rect(x, TOP + slot * lane, w, lane - 1);
@@ -183,12 +187,17 @@ function draw() {
   pen.fillText(`${mostCells} cells`, 2, lanes + 10);
 }
 
+// Rows that are no sequence's, but for those beside drafts.
+function paddingOf(step) {
+  return step.prompt_filled.reduce((sum, [, n]) => sum + n, step.filled);
+}
+
 // Of a step, by color. Rows that decode and are none of these fill up beside drafts.
 function rowsOf(step) {
   const { decode, drafted, accepted } = step;
   const own = drafted ? step.sampled - accepted : decode;
   return [["decode", own], ["accepted", accepted], ["rejected", drafted - accepted],
-    ["prompt", step.prefill], ["filled", decode - own - drafted + step.filled]];
+    ["prompt", step.prefill], ["filled", decode - own - drafted + paddingOf(step)]];
 }
 
 // -- figures and what was clicked
@@ -221,7 +230,7 @@ function figures() {
 function about(step, id) {
   const names = ["build", "decode", "sync", "sample", "Python before"];
   const rows = Object.fromEntries(rowsOf(step));
-  const lines = [`step: ${step.rows + step.filled} rows (${rows.decode} decode, ` +
+  const lines = [`step: ${step.rows + paddingOf(step)} rows (${rows.decode} decode, ` +
     `${step.drafted} drafted, of which ${step.accepted} right, ${step.prefill} of prompts, ` +
     `${rows.filled} padding), ${step.sampled} tokens, ${step.ms.toFixed(2)} ms (` +
     step.phases.map((ms, i) => `${names[i]} ${ms.toFixed(2)}`).join(", ") +
