@@ -122,7 +122,11 @@ class HttpClients(Clients):
         self._http = httpx.Client(
             base_url=server.url,
             timeout=limit_s,
-            limits=httpx.Limits(max_connections=case.pl, max_keepalive_connections=case.pl),
+            limits=httpx.Limits(
+                max_connections=case.pl,
+                max_keepalive_connections=case.pl,
+                keepalive_expiry=1.0,  # well before llama-server closes it: it does so after 5 s
+            ),
             trust_env=False,  # no proxy on the way to loopback
         )
 
