@@ -2,8 +2,8 @@
 
 At each barrier of a step all threads wait for the last one. Where another process computes on the
 core of one, a step may take less time without it. Which number is better shows when steps are timed
-with both. That is done now and then, and at once where the thread that runs the steps computes for
-less of their time than before: it has no core then, or sleeps for one that has none."""
+with both. That is done now and then, and at once where the thread that runs the steps does not
+compute for all of their time: it has no core then, or sleeps for one that has none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
 
 from ..scheduler import Step
 from ..step.types import Run
@@ -25,21 +24,13 @@ FEWER = 0.97  # of the time, at most, for which a thread is given up
 HOPELESS = 1.3  # times as slow: a trial ends early
 SOON = 1.0  # seconds between two trials, at least
 COST = 0.01  # of the time, that lost trials take at most
-LESS = 0.85  # of the share that a thread has computed before: then others have its core
-
-
-class Timed(NamedTuple):
-    """Steps that were timed together: seconds of each, and the share that their thread computed."""
-
-    each: float
-    share: float
+LESS = 0.85  # of their time: so little does a thread compute that others disturb
 
 
 class ThreadWatch:
     """The leader's. Steps with prompts have all threads. Those that may have drafts have as many as
     the same sequences without, and are timed where they had none. Each number of rows has its own
-    choice, but trials are counted together: lost ones take no
-    more than `COST` of the time."""
+    choice, but the cost of trials is counted for all of them together."""
 
     def __init__(
         self, set_threads: Callable[[int, int], object], n_threads: int, n_threads_batch: int
@@ -49,7 +40,7 @@ class ThreadWatch:
         self._all = self._now = (n_threads, n_threads_batch)
         self._choices: dict[int, ThreadChoice] = {}  # by rows
         self._trial_at = perf_counter() + SOON  # the next one
-        self._usual = 1.0  # share of their time that steps' thread computed, at the last decision
+        self._misled = False  # by a thread that did not compute: the trial was not won, or not yet
         self.tries = False  # the call since `begin` has threads that may be the wrong ones
 
     def begin(self, call: Step, n_steps: int) -> int:
@@ -69,20 +60,25 @@ class ThreadWatch:
         if choice is not None and run.n_drafted:
             choice.give_up()
         elif choice is not None and run.n_steps:
-            timed = choice.took(run.n_steps, run.seconds, own)
-            if timed is not None:
-                self._look(choice, timed, perf_counter())
+            window = choice.took(run.n_steps, run.seconds, own)
+            if window is not None:
+                self._look(choice, *window, perf_counter())
         return self._wanted(choice) == self._now
 
-    def _look(self, choice: ThreadChoice, timed: Timed, now: float) -> None:
+    def _look(self, choice: ThreadChoice, each: float, share: float, now: float) -> None:
+        """A window of steps that took `each`, and their thread computed for `share` of that."""
+        due = now >= self._trial_at
         if choice.other:
-            lost = choice.compared(timed)
+            lost = choice.compared(each)
             if lost is not None:
-                self._trial_at = now + max(SOON, lost / COST)
-                self._usual = choice.share
-        elif now >= self._trial_at or timed.share < LESS * self._usual:
-            self._trial_at = now + SOON
-            choice.compare(timed)
+                begins = max(now, self._trial_at) if lost > 0 else now
+                self._trial_at = begins + max(SOON, lost / COST)
+                self._misled &= lost > 0
+        elif due or (share < LESS and not self._misled):
+            self._misled = not due
+            if due:
+                self._trial_at = now + SOON
+            choice.compare(each)
 
     def _wanted(self, choice: ThreadChoice | None) -> tuple[int, int]:
         if choice is None or choice.n_now == choice.n_most:
@@ -107,37 +103,36 @@ class ThreadChoice:
     n: int = 0
     other: int = 0  # that is compared with `n`; 0: none
     n_trials: int = 0
-    windows: list[Timed] = field(default_factory=list)  # of the trial
+    times: list[float] = field(default_factory=list)  # of the trial's windows
     n_done: int = 0  # steps of the window, and their seconds, and those that their thread computed
     seconds: float = 0.0
     own: float = 0.0
     each: float = LOOK  # of the last window while nothing was compared
-    share: float = 1.0  # of the last window with `n`
 
     def __post_init__(self) -> None:
         self.n = self.n_most
 
     @property
     def n_now(self) -> int:
-        return self.other if self.other and len(self.windows) % 2 else self.n
+        return self.other if self.other and len(self.times) % 2 else self.n
 
     @property
     def n_left(self) -> int:
         """Steps until the next decision."""
         return WINDOW - self.n_done if self.other else max(WINDOW, int(LOOK / self.each))
 
-    def took(self, n_steps: int, seconds: float, own: float) -> Timed | None:
-        """A window, where they end one."""
+    def took(self, n_steps: int, seconds: float, own: float) -> tuple[float, float] | None:
+        """Seconds of each step, and the share that their thread computed, where a window ends."""
         self.n_done += n_steps
         self.seconds += seconds
         self.own += own
         if self.n_done < WINDOW or not self.seconds:
             return None
-        timed = Timed(self.seconds / self.n_done, self.own / self.seconds)
+        each, share = self.seconds / self.n_done, self.own / self.seconds
         self._begin_window()
         if not self.other:
-            self.each = timed.each
-        return timed
+            self.each = each
+        return each, share
 
     def give_up(self) -> None:
         """A trial whose next steps can't be compared with those before. Another one follows."""
@@ -148,28 +143,27 @@ class ThreadChoice:
     def _begin_window(self) -> None:
         self.n_done, self.seconds, self.own = 0, 0.0, 0.0
 
-    def compare(self, timed: Timed) -> None:
-        """`timed`: the first window of the trial."""
+    def compare(self, each: float) -> None:
+        """A trial begins, with the window that has just ended."""
         n, most = self.n, self.n_most
         near = dict.fromkeys((n - 1, n // 2, n + 1, min(2 * n, most)))
         others = [other for other in near if 1 <= other <= most and other != n]
         self.other = others[self.n_trials % len(others)]
         self.n_trials += 1
-        self.windows = [timed]
+        self.times = [each]
 
-    def compared(self, timed: Timed) -> float | None:
+    def compared(self, each: float) -> float | None:
         """The next window of it. Seconds that were lost, once it is decided; None before."""
-        self.windows.append(timed)
-        if len(self.windows) < WINDOWS and timed.each <= HOPELESS * self.windows[0].each:
+        self.times.append(each)
+        if len(self.times) < WINDOWS and each <= HOPELESS * self.times[0]:
             return None
-        mine, others = self.windows[::2], self.windows[1::2]
-        best = min(window.each for window in mine)
+        mine, others = self.times[::2], self.times[1::2]
         enough = FEWER if self.other < self.n else 1.0
         lost = 0.0
-        if max(window.each for window in others) < enough * best:
-            log.debug("%d threads in place of %d: %s", self.other, self.n, self.windows)
-            self.n, mine = self.other, others
+        if max(others) < enough * min(mine):
+            log.debug("%d threads in place of %d: %s", self.other, self.n, self.times)
+            self.n = self.other
         else:
-            lost = WINDOW * sum(window.each - best for window in others)
-        self.other, self.share = 0, mine[-1].share
+            lost = WINDOW * sum(each - min(mine) for each in others)
+        self.other = 0
         return lost
