@@ -9,40 +9,44 @@ The clients begin at once, and a live fleet meets them in any order: which prefi
 from that, and so does the hit rate of a run. The simulation is the mean of many orders,
 `hit_rate_sd` what one run differs by. Each repeat has other orders of chats.
 
-The simulation has a profile that is measured first (--calibrate), or that of a profile machine
-(--machine), of which each replica has a GPU of its own; and what a request takes beside its engine,
-on the way through a fleet that does nothing else, which is measured before, too. Wants the extra
-`ray`.
+The simulation has a profile that is measured first (--calibrate), while other processes do what
+the other replicas will, and which the live replicas plan with, too; or that of a profile machine
+(--machine), of which each replica has a GPU of its own. And it knows what a request takes beside
+its engine, on its way through a fleet, which is measured before, too. Wants the extra `ray`.
 """
 
 import argparse
+import os
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import httpx
 
 from bench import harness
-from bench.cache import cache_folder
+from bench.cache import REPOSITORY, cache_folder
 from bench.case import Arm, Case, Measured, ModelFile, cases_of
 from bench.fleet import STOP_S
 from bench.models import resolve
 from bench.options import add_file, add_run, choose
 from bench.serving import ServerProcess
 from bench.targets import Figure, Target
+from bench.tools import ToolError
 from bench.views import Column, by_arm, median_of
 from pyllamabatch.compare.completion import HOST
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import load_profile
+from pyllamabatch.cost.profile import Profile, file_name, load_profile, profile_folder
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileMachine
@@ -50,23 +54,32 @@ from pyllamabatch.report.meters import OtherCores, descendants
 from pyllamabatch.report.records import Record
 from pyllamabatch.sim import EngineSpec, TraceRequest, simulate
 from pyllamabatch.sim.replica import OVERHEAD
+from pyllamabatch.step.sampling_params import SamplingParams
 from tools.live import spec_of
 from tools.serve_load import metrics_of
 
 REPLICAS = 2
 USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
-N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens
+N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens; of a prefix by default
 N_SLOTS = 4  # of a replica
 N_ORDERS = 16  # of the clients, that are simulated
-N_ON_THE_WAY = 20  # requests whose way is timed
+N_ON_THE_WAY = 10  # requests of each client whose way is timed
 N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
-N_CELLS = (USERS // 2) * N_PREFIX + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT  # of a replica
-SETTINGS = {"n_kv_max": N_CELLS}
-N_PROMPTS = sum(N_PREFIX + N_QUESTION + i * (N_QUESTION + N_ANSWER) for i in range(TURNS)) * CHATS
 TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
 LIVE, SIMULATED = "live", "simulated"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "repeats": 1}
+
+
+def n_cells(n_prefix: int) -> int:
+    """Of a replica."""
+    return (USERS // 2) * n_prefix + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT
+
+
+def n_prompts(n_prefix: int) -> int:
+    """Tokens of all prompts."""
+    asked = n_prefix + N_QUESTION
+    return sum(asked + i * (N_QUESTION + N_ANSWER) for i in range(TURNS)) * CHATS
 
 
 class Variant(NamedTuple):
@@ -142,6 +155,9 @@ TARGETS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser, "smollm2-135m", threads=1)
     parser.add_argument("--replicas", type=int, default=REPLICAS, metavar="N")
+    parser.add_argument(
+        "--prefix", type=int, default=N_PREFIX, metavar="N", help="tokens of a user"
+    )
     parser.add_argument("--machine", default="", metavar="PROFILE", help="instead of a model")
     parser.add_argument(
         "--calibrate", type=float, default=60.0, metavar="S", help="to measure the device"
@@ -154,25 +170,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     chosen = choose(options.arms, variants(options.replicas))
     about = harness.facts_of()
-    if options.machine:
-        file = ModelFile(Path(options.machine))
-        about |= ProfileMachine.named(options.machine).facts()
-        spec = spec_on(options, None)
-    else:
-        file = resolve(options.model)
-        with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
-            about = harness.facts_of(model)
-            spec = spec_on(options, model)
-    (case,) = cases_of(
-        options, file, N_PROMPTS // CLIENTS, CHATS * TURNS * N_ANSWER // CLIENTS, [CLIENTS]
-    )
-    if any(one.kind == SIMULATED for one in chosen):
-        spec = replace(spec, latency=way(options, case))
-    arms = [arm_of(one, options, spec) for one in chosen]
-    title = f"{CHATS} chats of {USERS} users on {options.replicas} replicas"
-    running = measure(arms, case, about, options)
-    return harness.show(options, running, len(arms) * options.repeats, title,
-                        options.machine or None)  # fmt: skip
+    with ExitStack() as stack:
+        if options.machine:
+            file = ModelFile(Path(options.machine))
+            about |= ProfileMachine.named(options.machine).facts()
+            spec = spec_on(options, None)
+        else:
+            file = resolve(options.model)
+            stack.enter_context(own_profiles())
+            with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
+                about = harness.facts_of(model)
+                spec = spec_on(options, model)
+        n_prompt = n_prompts(options.prefix) // CLIENTS
+        n_answer = CHATS * TURNS * N_ANSWER // CLIENTS
+        (case,) = cases_of(options, file, n_prompt, n_answer, [CLIENTS])
+        if any(one.kind == SIMULATED for one in chosen):
+            spec = replace(spec, latency=way(options, case))
+        arms = [arm_of(one, options, spec) for one in chosen]
+        title = f"{CHATS} chats of {USERS} users on {options.replicas} replicas"
+        running = measure(arms, case, about, options)
+        return harness.show(options, running, len(arms) * options.repeats, title,
+                            options.machine or None)  # fmt: skip
 
 
 def view(records: Sequence[Record]) -> str:
@@ -241,28 +259,91 @@ def order(seed: int) -> list[list[Asked]]:
 
 def spec_on(options: argparse.Namespace, model: Model | None) -> EngineSpec:
     """The twin of a replica's engine."""
-    threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
+    threads = threads_of(options)
     if model is None:
         profile = load_profile(options.machine)
     else:
-        print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
-        profile = calibrate(model, budget=options.calibrate, layouts=("unified",), **threads)
+        profile = calibrated(options, model, threads)
     cost = CostModel.fit(profile, unified=True)
     with Engine(
-        model, machine=options.machine or None, n_seq_max=N_SLOTS, n_ctx=N_CELLS, kv_unified=True,
-        **threads,
-    ) as engine:  # fmt: skip
+        model, machine=options.machine or None, kv_unified=True, **sizes(options), **threads
+    ) as engine:
         return spec_of(engine, OVERHEAD, cost=cost)
 
 
-def trace(asked: Sequence[Sequence[Asked]]) -> list[TraceRequest]:
+def threads_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"n_threads": options.threads, "n_threads_batch": options.threads}
+
+
+def sizes(options: argparse.Namespace) -> dict[str, Any]:
+    return {"n_seq_max": N_SLOTS, "n_ctx": n_cells(options.prefix)}
+
+
+def calibrated(options: argparse.Namespace, model: Model, threads: dict[str, Any]) -> Profile:
+    """The device as one replica has it, saved for the live ones."""
+    print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
+    others = [keeping_busy(options, model) for _ in range(options.replicas - 1)]
+    try:
+        for one in others:
+            assert one.stdout is not None
+            if not one.stdout.readline():
+                raise ToolError("a process that should keep a core busy has ended")
+        profile = calibrate(
+            model, budget=options.calibrate, layouts=("unified",), beside=[o.pid for o in others],
+            **threads,
+        )  # fmt: skip
+    finally:
+        for one in others:
+            one.kill()
+            one.communicate()
+    profile.save(profile_folder() / file_name(profile.key))
+    return profile
+
+
+@contextmanager
+def own_profiles() -> Iterator[None]:
+    """Profiles are saved where this process and the live replicas alone look for them."""
+    name = "PYLLAMABATCH_CACHE"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
+
+
+def keeping_busy(options: argparse.Namespace, model: Model) -> subprocess.Popen[str]:
+    """A process that computes as a replica does. It writes a line when it begins."""
+    given = {name: getattr(options, name) for name in ("gpu_layers", "threads", "prefix")}
+    call = f"from bench.routes import keep_busy; keep_busy({model.path!r}, **{given!r})"
+    return subprocess.Popen([sys.executable, "-c", call], cwd=REPOSITORY, stdout=subprocess.PIPE,
+                            text=True)  # fmt: skip
+
+
+def keep_busy(path: str, **given: Any) -> None:
+    options, rng = argparse.Namespace(**given), random.Random(1)
+    threads = threads_of(options)
+    with (
+        Model(path, n_gpu_layers=options.gpu_layers) as model,
+        Engine(model, kv_unified=True, **sizes(options), **threads) as engine,
+    ):
+        print("begins", flush=True)
+        while True:
+            prompts = [drawn(rng, options.prefix // 4) for _ in range(N_SLOTS)]
+            engine.generate(prompts, SamplingParams(max_tokens=N_ANSWER, ignore_eog=True))
+
+
+def trace(asked: Sequence[Sequence[Asked]], n_prefix: int) -> list[TraceRequest]:
     """The same requests; pieces of users, questions and answers are numbers of their own."""
     found: list[TraceRequest] = []
     for ones in asked:
         after: int | None = None
         for one in ones:
             id = len(found)
-            content = [(one.user, N_PREFIX)]
+            content = [(one.user, n_prefix)]
             for turn in range(one.turn + 1):
                 piece = USERS + 2 * (one.chat * TURNS + turn)
                 content += [(piece, N_QUESTION), (piece + 1, N_ANSWER)]
@@ -278,7 +359,8 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
     for _ in range(N_ORDERS):
         clients = order(case.seed)
         rng.shuffle(clients)
-        run = simulate(trace(clients), spec, n_replicas=options.replicas, router=router)
+        requests = trace(clients, options.prefix)
+        run = simulate(requests, spec, n_replicas=options.replicas, router=router)
         counters = [load.counters for load in run.loads]
         known = sum(c.known_tokens for c in counters)
         rates.append(sum(c.prefix_tokens for c in counters) / known)
@@ -287,7 +369,11 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
         "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": spec.latency,
         "other_cpu": 0.0,
     }  # fmt: skip
-    return Measured(0.0, fmean(seconds), SETTINGS, detail)
+    return Measured(0.0, fmean(seconds), settings(options), detail)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {"n_kv_max": n_cells(options.prefix)}
 
 
 # -- live
@@ -296,7 +382,7 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
 def serve(options: argparse.Namespace, router: str, case: Case) -> list[str]:
     command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST,
                "-t", str(case.n_threads), "-np", str(N_SLOTS), "--kv-unified",
-               "-c", str(N_CELLS), "--replicas", str(options.replicas),
+               "-c", str(n_cells(options.prefix)), "--replicas", str(options.replicas),
                "--router", router]  # fmt: skip
     if options.machine:
         command += ["--machine", options.machine, "--gpus-per-replica", "1"]
@@ -320,37 +406,41 @@ def fleet(options: argparse.Namespace, router: str, case: Case) -> Iterator[http
 
 
 def way(options: argparse.Namespace, case: Case) -> float:
-    """Seconds of a request beside its engine's, the only one in a fleet."""
-    each: list[float] = []
-    with fleet(options, AFFINITY, case) as client:
-        for _ in range(N_ON_THE_WAY):
+    """Seconds of a request beside its engine's. There are as many clients as later, which ask as
+    often: their answers are longer, and their prompts are cached."""
+
+    def ask(client: httpx.Client, i: int) -> list[float]:
+        each: list[float] = []
+        for _ in range(1 + N_ON_THE_WAY):
             began = time.perf_counter()
-            times = complete(client, [1] * N_PREFIX)["timings"]
+            times = complete(client, [32 + i] * options.prefix, 3 * N_ANSWER)["timings"]
             inside = sum(times[name] for name in ("queue_ms", "prompt_ms", "predicted_ms"))
             each.append(time.perf_counter() - began - inside / 1e3)
-    return median(each)
+        return each[1:]
+
+    with fleet(options, AFFINITY, case) as client, ThreadPoolExecutor(CLIENTS) as pool:
+        found = pool.map(partial(ask, client), range(CLIENTS))
+        return fmean(seconds for each in found for seconds in each)
 
 
 def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
     with fleet(options, router, case) as client:
         others = OtherCores(descendants())
         before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
-        talk(client, order(case.seed), case.seed)
+        talk(client, order(case.seed), case.seed, options.prefix)
         seconds, other_cpu = time.perf_counter() - began, others.used()
         after = metrics_of(client.get("/metrics").text)
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
-    return Measured(0.0, seconds, SETTINGS, {"hit_rate": hits / known, "other_cpu": other_cpu})
+    return Measured(
+        0.0, seconds, settings(options), {"hit_rate": hits / known, "other_cpu": other_cpu}
+    )
 
 
-def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> None:
+def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int, n_prefix: int) -> None:
     """Every client to its end. Prompts are random tokens, and the answers that came."""
     rng = random.Random(seed)
-
-    def drawn(n: int) -> list[int]:
-        return [rng.randrange(32, 127) for _ in range(n)]
-
-    prefixes = [drawn(N_PREFIX) for _ in range(USERS)]
-    questions = [[drawn(N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
+    prefixes = [drawn(rng, n_prefix) for _ in range(USERS)]
+    questions = [[drawn(rng, N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
     chats: dict[int, list[int]] = {}
 
     def ask(ones: Sequence[Asked]) -> None:
@@ -363,8 +453,13 @@ def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> N
         list(pool.map(ask, asked))
 
 
-def complete(client: httpx.Client, tokens: list[int]) -> dict[str, Any]:
-    body = {"prompt": tokens, "n_predict": N_ANSWER, "ignore_eos": True, "return_tokens": True}
+def drawn(rng: random.Random, n: int) -> list[int]:
+    """Tokens that every vocabulary has."""
+    return [rng.randrange(32, 127) for _ in range(n)]
+
+
+def complete(client: httpx.Client, tokens: list[int], n_answer: int = N_ANSWER) -> dict[str, Any]:
+    body = {"prompt": tokens, "n_predict": n_answer, "ignore_eos": True, "return_tokens": True}
     answer = client.post("/completion", json=body)
     answer.raise_for_status()
     found: dict[str, Any] = answer.json()

@@ -132,7 +132,7 @@ def say(text: str) -> None:
 
 
 def profile_of(
-    options: argparse.Namespace, model: Model, layouts: list[str], threads: dict[str, int]
+    options: argparse.Namespace, model: Model, layouts: list[str], threads: dict[str, Any]
 ) -> Profile:
     """--profile, or one that is measured now and saved beside --out."""
     if options.profile is not None:

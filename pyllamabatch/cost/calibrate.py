@@ -11,7 +11,7 @@ and are repeated, as is a shape whose steps differ too much. A layout of which a
 remains unknown makes no profile."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -51,13 +51,16 @@ def calibrate(
     budget: float = 120.0,
     layouts: Sequence[str] = tuple(LAYOUTS),
     progress: Progress | None = None,
+    beside: Collection[int] = (),
     **context_params: Any,
 ) -> Profile:
     """Measure and return a profile. Its `about["complete"]` is False when it was interrupted, its
     `about["watched"]` where it is not known what else ran (without psutil).
 
     budget: seconds, without loading the model; the last round ends early. layouts: of `LAYOUTS`.
-    context_params: of `Context`, as the engine will use them (n_ubatch, n_threads, type_k, ...).
+    beside: ids of processes that run all the while, and will beside the engine: what they do to its
+    steps is part of these. context_params: of `Context`, as the engine will use them (n_ubatch,
+    n_threads, type_k, ...).
 
     KeyboardInterrupt ends it with the layouts that are known, and is raised where none is.
     Raises ProfileError when too little of a kind of step is known at the end of the budget."""
@@ -75,7 +78,7 @@ def calibrate(
             profile = profile or where.unmeasured(rig.context)
             shapes = plan_shapes(profile.kernels, profile.n_ubatch, unified)
             clock = Clock(began, budget, share, progress)
-            samples, complete = measure(rig, shapes, unified, clock)
+            samples, complete = measure(rig, shapes, unified, clock, beside)
         faults = faults_of(samples)
         if faults and complete:
             raise ProfileError(
@@ -158,14 +161,16 @@ def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
 class OtherLoad:
     """What other processes do to `n_threads` of this one's."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, beside: Collection[int] = ()) -> None:
+        """`beside`: processes that are none of these."""
         self._n_threads = n_threads
-        self._watch = OtherCores()
+        self._beside = beside
+        self._watch = OtherCores(beside)
 
     def disturbs(self) -> bool:
         """Since it was asked last, others used more than a fifth of what the threads need, and
         hardly a core was idle. False where no CPU computes, and without psutil."""
-        watch, self._watch = self._watch, OtherCores()
+        watch, self._watch = self._watch, OtherCores(self._beside)
         others = watch.used(doubt=2 * TICK_S)
         room = 0.9 * usable_cores()
         return others > 0.2 * self._n_threads > 0 and others + self._n_threads > room
@@ -206,11 +211,15 @@ _LOOK = 0.1  # s
 
 
 def measure(
-    rig: Rig, shapes: Sequence[Shape], unified: bool, clock: Clock
+    rig: Rig,
+    shapes: Sequence[Shape],
+    unified: bool,
+    clock: Clock,
+    beside: Collection[int] = (),
 ) -> tuple[list[Sample], bool]:
     """Samples of the shapes, and whether it was not interrupted."""
     taken: dict[Shape, ShapeTimings] = {}
-    load, disturbed, whole = OtherLoad(rig.n_threads), True, True
+    load, disturbed, whole = OtherLoad(rig.n_threads, beside), True, True
     try:
         for n_round, shape, wanted in schedule([s for s in shapes if _fits(s, rig, unified)]):
             timings = taken.setdefault(shape, ShapeTimings())

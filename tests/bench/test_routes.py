@@ -18,31 +18,31 @@ from tests.support.served import serving
 
 
 def test_clients_ask_what_is_simulated(
-    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+    embedded_model: Model,
 ) -> None:
-    monkeypatch.setattr(routes, "N_PREFIX", 40)
-    asked = routes.order(3)
-    requests = routes.trace(asked)
+    asked, n_prefix = routes.order(3), 40
+    requests = routes.trace(asked, n_prefix)
     with serving(embedded_model) as served, httpx.Client(base_url=served.url) as client:
-        routes.talk(client, asked, 3)
+        routes.talk(client, asked, 3, n_prefix)
         stats = served.engine.stats()
     assert stats.submitted == len(requests) == routes.CHATS * routes.TURNS
+    assert stats.known_tokens == routes.n_prompts(n_prefix)
     assert stats.known_tokens == sum(request.n_prompt for request in requests)
     assert stats.tokens == sum(request.n_output for request in requests)
 
 
 def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     cost = Linear(10e-3, 0.4e-3)
-    spec = EngineSpec.of(cost, n_seq_max=routes.N_SLOTS, n_cells=routes.N_CELLS)
-    options = argparse.Namespace(replicas=2)
+    n_cells = routes.n_cells(800)
+    spec = EngineSpec.of(cost, n_seq_max=routes.N_SLOTS, n_cells=n_cells)
+    options = argparse.Namespace(replicas=2, prefix=800)
     turns, affinity = (
         routes.simulated(spec, options, router, case) for router in (TURN_BY_TURN, AFFINITY)
     )
     assert affinity.detail["hit_rate"] > 1.5 * turns.detail["hit_rate"]
     assert affinity.t_tg < turns.t_tg
-    assert affinity.settings == {"n_kv_max": routes.N_CELLS}
+    assert affinity.settings == {"n_kv_max": n_cells}
     assert affinity.detail["other_cpu"] == 0  # whatever else runs
-    assert sum(r.n_prompt for r in routes.trace(routes.order(1))) == routes.N_PROMPTS
 
 
 def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:
-    options = argparse.Namespace(replicas=3, machine="")
+    options = argparse.Namespace(replicas=3, machine="", prefix=800)
     words = routes.serve(options, AFFINITY, replace(case, n_gpu_layers=7))
     assert words[words.index("-ngl") + 1] == "7"
     assert "-ngl" not in routes.serve(options, AFFINITY, replace(case, n_gpu_layers=-1))

@@ -79,6 +79,23 @@ def test_nothing_is_sent_before_the_first_token(served: Served) -> None:  # noqa
     assert deltas[1]["content"]
 
 
+def test_who_asks_how_far_a_prompt_is_hears_it_before(served: Served) -> None:  # noqa: F811
+    app, told = served.server.config.app, {"stream": True, "return_progress": True}
+    chat = call("/v1/chat/completions", {**SUM_CHAT, **told})
+
+    async def first_part() -> bytes | Head:
+        async with aclosing(answer(app, chat)) as parts:
+            await anext(parts)
+            return await anext(parts)
+
+    until(lambda: served.engine.stats().running == 0)
+    with held(served.engine, 0):
+        part = asyncio.run(first_part())
+    assert isinstance(part, bytes)
+    assert b'"role":"assistant"' in part
+    assert b'"content":"' not in part
+
+
 def test_who_leaves_is_cancelled(served: Served) -> None:  # noqa: F811
     until(lambda: served.engine.stats().running == 0)  # also what another test has left
     before = served.engine.stats().finished["cancelled"]

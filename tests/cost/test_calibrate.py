@@ -1,7 +1,7 @@
 """Calibration: what it measures, on every kind of memory, what disturbs it, and how it ends."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -17,6 +17,7 @@ from pyllamabatch.cli.calibrate import in_words, summary
 from pyllamabatch.cost.calibrate import (
     BASE_DEPTH,
     Clock,
+    OtherLoad,
     ShapeTimings,
     calibrate,
     faults_of,
@@ -237,6 +238,21 @@ def test_kinds_of_steps_that_are_missing() -> None:
     assert faults_of([*decodes, *disturbed, *prompts]) == []
     (fault,) = faults_of([*decodes, *disturbed, *prompts[1:]])
     assert fault.endswith("steps with prompt rows disturbed")
+
+
+def test_what_runs_beside_on_purpose_disturbs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cores another process has one."""
+
+    class Others:
+        def __init__(self, pids: Collection[int] = ()) -> None:
+            self.used = lambda doubt: 0.0 if 7 in pids else 1.0
+
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.OtherCores", Others)
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.usable_cores", lambda: 2)
+    assert [OtherLoad(1, beside).disturbs() for beside in ((), [7])] == [True, False]
+    ours = OtherLoad(1, [7])
+    assert not ours.disturbs()
+    assert not ours.disturbs()
 
 
 def test_disturbed_steps_are_told() -> None:
