@@ -16,6 +16,7 @@ from pyllamabatch.models import CATALOGUE, fetch
 from pyllamabatch.models.hub import hub_file
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.scheduler.router import ROUTERS
 from pyllamabatch.step.sampling_params import SamplingParams
 
 N_TRACE = 2**16  # steps that are written to a file
@@ -24,6 +25,12 @@ Add = Callable[..., argparse.Action]
 """`add_argument` of a parser or of a group."""
 
 # -- the types of flags --
+
+
+def router_named(text: str) -> str:
+    """The router whose name begins so; what is none stays as it is, for argparse to refuse."""
+    found = [name for name in ROUTERS if name.startswith(text)]
+    return found[0] if len(found) == 1 else text
 
 
 def at_least(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -32,6 +32,7 @@ from pyllamabatch.cli.options import (
     open_engine,
     positive,
     read_text,
+    router_named,
     sampling_options,
 )
 from pyllamabatch.cluster.gpus import n_gpus
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("several engines (extra `ray`)").add_argument
     add("--replicas", metavar="N|MIN-MAX", help="engines behind one address, on Ray Serve")
     add("--gpus-per-replica", type=float, default=0.0, metavar="N", help="or a share of one (0)")
-    add("--router", default="prefix-affinity", choices=tuple(ROUTERS),
+    add("--router", default="prefix-affinity", type=router_named, choices=tuple(ROUTERS),
         help="which of them gets a request (prefix-affinity)")
     add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.")
 

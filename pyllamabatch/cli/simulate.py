@@ -20,7 +20,7 @@ from math import inf
 from pathlib import Path
 
 from pyllamabatch.cli.console import say, show
-from pyllamabatch.cli.options import N_TRACE, add_shared, at_least
+from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
 from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
@@ -46,7 +46,7 @@ SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
     "acceptance",
     *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "batch_invariant"),
-    *("overhead", "replicas", "router"),
+    *("overhead", "latency", "replicas", "router"),
 )
 """What the reports say of a run."""
 
@@ -81,8 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                batch_invariant=False)
     add("--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})")
+    add("--latency", type=float, default=0.0, metavar="S",
+        help="seconds of a request on its way to the engine and back, a server's or a fleet's (0)")
     add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
-    add("--router", default="least-outstanding", choices=tuple(ROUTERS),
+    add("--router", default="least-outstanding", type=router_named, choices=tuple(ROUTERS),
         help="which of them gets a request (least-outstanding)")
     add = parser.add_argument_group("output").add_argument
     add("--jsonl", type=Path, metavar="FILE", help="figures and every request")
@@ -100,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
     policies = split_policies(args.policy)
     for policy in policies:
         make_policy(policy)  # what is wrong with one is said before anything runs
-    if not 0 <= args.overhead < inf:
-        raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
+    for name in ("overhead", "latency"):
+        if not 0 <= (seconds := getattr(args, name)) < inf:
+            raise ArgumentError(name, seconds, "seconds, at least 0")
     if args.steps is not None:
         if len(policies) > 1 or args.replicas > 1:
             raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
@@ -130,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
         moves=Moves.of(profile.key.backend),
     )  # fmt: skip
+    spec = replace(spec, latency=args.latency)
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)
     runs = [

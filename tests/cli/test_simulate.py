@@ -97,6 +97,7 @@ def test_drafts_move_the_sampling_on_a_device_that_samples(
         ([*PROFILE, *TRACE, "--policy", "fcfs,fcfs"], "every one once"),
         ([*PROFILE, *TRACE, "--slo", "speed=1"], "slo"),
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
+        ([*PROFILE, *TRACE, "--latency", "inf"], "latency"),
         ([*PROFILE, *TRACE, "--steps", "/no/such/folder/x"], "/no/such/folder"),
         ([*PROFILE, *TRACE, "--steps", "x", "--policy", "fcfs,sarathi"], "one policy"),
         ([*PROFILE, *TRACE, "--steps", "x", "--replicas", "2"], "one replica"),
@@ -108,6 +109,20 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert main(words) in (1, 2)
     assert says in capsys.readouterr().err
+
+
+def test_a_routers_name_may_be_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what a request takes on its way, until its last token is there."""
+    fleet = [*PROFILE, *TRACE, "--json", "--replicas", "2", "--router"]
+    found = []
+    for words in (["prefix-affinity"], ["prefix"], ["prefix", "--latency", "0.5"]):
+        assert main([*fleet, *words]) == 0
+        ((_, figures),) = json.loads(capsys.readouterr().out).items()
+        found.append(figures["e2el_p50"])
+    assert found[1] == found[0]
+    assert found[2] == pytest.approx(found[0] + 0.5)
+    with pytest.raises(SystemExit):
+        main([*fleet, "p r"])
 
 
 def test_the_profile_that_was_saved_last_is_taken(
