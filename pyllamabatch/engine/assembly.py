@@ -11,7 +11,7 @@ from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
 from .draft_feeds import feed_of
-from .drafters import Mtp, Ngram
+from .drafters import Draft, Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import Layout, make_context, n_draft_max
@@ -123,6 +123,7 @@ def make_scheduler(
     if n_draft:
         how = {
             "drafts_take_time": not isinstance(options.drafter, Ngram),
+            "drafts_catch_up": isinstance(options.drafter, Draft),
             "behind": limits.behind and not isinstance(options.drafter, Mtp),
             "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
         }

@@ -245,7 +245,8 @@ class EngineCore:
         """Take commands, schedule, carry out KV operations, run, update."""
         with self.state:
             self._take_commands()
-            step = self.scheduler.plan(perf_counter())
+            began = perf_counter()
+            step = self.scheduler.plan(began)
             if step is None:  # a policy waits: what it waits for may be a reader
                 self._stepper.flush()
                 return
@@ -255,6 +256,7 @@ class EngineCore:
                 return
         if step.n_rows == 0:
             return
+        computed = 0.0
         for call in self.calls.of(step):
             try:
                 run = self._run(call)
@@ -264,6 +266,10 @@ class EngineCore:
             self._update(call, run)
             if run.code or not run.n_steps:  # the next call may go on from this one
                 return
+            computed += run.seconds
+        drafting = self.scheduler.drafting
+        if drafting is not None and drafting.looked:
+            drafting.decided(perf_counter() - began - computed)
 
     def _take_commands(self) -> None:
         """Do what other threads have asked for, and what the clock does."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from time import perf_counter
 from typing import Any
 
 from ..errors import ArgumentError
@@ -39,9 +38,8 @@ class Feed:
     def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
         """Before a call, whose `DraftColumns.n_most` is there."""
 
-    def seconds(self, run: Run) -> float:
-        """After a call: what it took, what its drafts needed included: they have to gain it."""
-        return run.seconds
+    def computed(self, run: Run) -> None:
+        """After a call."""
 
     def close(self) -> None:
         """Before the stepper is closed."""
@@ -62,11 +60,10 @@ class ModelFeed(Feed):
     def leave(self, slot: int) -> None:
         self._draft.end(slot)
 
-    def seconds(self, run: Run) -> float:
+    def computed(self, run: Run) -> None:
         if run.draft_code:
             why = "has no cells for all" if run.draft_code == 1 else f"failed: {run.draft_code}"
             log.warning("the draft model %s; some sequences go on without drafts", why)
-        return super().seconds(run)
 
     def close(self) -> None:
         self._draft.close()
@@ -84,7 +81,6 @@ class PythonFeed(Feed):
         self._ended: Callable[[int], object] | None = getattr(drafter, "ended", None)
         self._drafts = drafts
         self._n_vocab = n_vocab
-        self._seconds = 0.0  # of the last `fill`
 
     def ended(self, id: int) -> None:
         if self._ended is not None and self._drafter is not None:
@@ -94,10 +90,8 @@ class PythonFeed(Feed):
                 self._give_up()
 
     def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
-        self._seconds = 0.0
         if self._drafter is None or not step.drafts:
             return
-        began = perf_counter()
         slots = [slot for slot in step.decode.tolist() if slot in step.drafts]
         wanted = [_wanted(request_in(slot), step.drafts[slot]) for slot in slots]
         try:
@@ -108,7 +102,6 @@ class PythonFeed(Feed):
         for slot, tokens in zip(slots, drafted, strict=True):
             self._drafts.n_given[slot] = len(tokens)
             self._drafts.token[slot, : len(tokens)] = tokens
-        self._seconds = perf_counter() - began
 
     def _checked(
         self, wanted: Sequence[Wanted], given: Sequence[Sequence[int]]
@@ -126,9 +119,6 @@ class PythonFeed(Feed):
     def _give_up(self) -> None:
         log.exception("the drafter %r is not asked any more", self._drafter)
         self._drafter = None
-
-    def seconds(self, run: Run) -> float:
-        return run.seconds + self._seconds
 
 
 def _wanted(request: Request, n: int) -> Wanted:

@@ -28,6 +28,8 @@ class StepCalls:
         # Where steps may check drafts: what the stepper knows of them.
         drafting = scheduler.drafting is not None
         self._drafts: DraftColumns | None = device.stepper.drafts if drafting else None
+        limits = scheduler.limits
+        self._n_timed = 1 + min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
 
     def of(self, step: Step) -> tuple[Step, ...]:
@@ -82,11 +84,16 @@ class StepCalls:
         return max(0, self._stepper.n_published - first), call.n_rows
 
     def drafted(self, call: Step, run: Run) -> Drafted | None:
-        """What came of its drafts. None where steps check none."""
-        drafts, threads = self._drafts, self._device.threads
-        if drafts is None:
+        """What came of its drafts. None where the scheduler needs not know."""
+        drafts, drafting, threads = self._drafts, self._scheduler.drafting, self._device.threads
+        if drafts is None or drafting is None:
+            return None
+        self._device.feed.computed(run)
+        seconds = 0.0 if call.chunks else run.seconds
+        if drafting.passes(run.n_steps, seconds, asked=bool(call.drafts)):
             return None
         timed = threads is None or not threads.tries
+        rows = slice(self._n_timed)
         return Drafted(
             drafts.n_taken,
             run.n_rows,
@@ -94,12 +101,13 @@ class StepCalls:
             run.n_accepted,
             drafts.found,
             drafts.right,
-            self._device.feed.seconds(run),
-            drafts.n_timed * timed,
-            drafts.ns_timed * 1e-9,
+            run.seconds,
+            drafts.n_timed[rows] * timed,
+            drafts.ns_timed[rows] * 1e-9,
             None if call.prices is None else float(drafts.credit[0]),
             int(drafts.n_drafts[call.decode].sum()),
             drafts.n_right,
+            run.catch_up_seconds,
         )
 
     def tell_drafted(self, call: Step) -> None:

@@ -4,7 +4,11 @@ A step may check several drafted tokens of a sequence behind its last known one 
 decoding): a row each, that stays as long as its token is the one that is sampled. Whether that pays
 depends on how often drafts are right, and on what more rows cost. Both are measured: the drafter
 keeps a record of each sequence, also while it has no drafted rows, and the steps' own times correct
-the cost model."""
+the cost model.
+
+To find out takes time as well: to decide, to try, to bring a draft model to where a sequence is.
+All of that is paid from one account (`Drafting.credit`). A share of the time fills it, and what
+drafts have gained; while it is empty, steps are as if there were no drafter (`Drafting.due`)."""
 
 from __future__ import annotations
 
@@ -48,6 +52,8 @@ _ENOUGH = (
 )
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
+_IN_STEP = 17  # tokens that a draft model may lack of a sequence in any step: drafts and one more
+_SMALLER = 0.25  # of the time that a prompt takes: what it takes a draft model, as long as unknown
 
 
 class Drafted(NamedTuple):
@@ -55,7 +61,8 @@ class Drafted(NamedTuple):
     drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call. n_timed,
     seconds_timed: of steps with 0, 1, ... rows, how many were timed and how long they took in all.
     credit: what is left of it, see `Prices`; None where the call had none. n_drafts: of which the
-    drafted tokens were, one a sequence and step; n_right: of how many of them token i was right."""
+    drafted tokens were, one a sequence and step; n_right: of how many of them token i was right.
+    catch_up: seconds in which a draft model has computed what it lacked of sequences."""
 
     taken: npt.NDArray[np.integer]
     n_rows: int
@@ -69,6 +76,7 @@ class Drafted(NamedTuple):
     credit: float | None = None
     n_drafts: int = 0
     n_right: npt.NDArray[np.integer] | None = None
+    catch_up: float = 0.0
 
 
 def width_of(slots: Slots, *, even: bool) -> int:
@@ -173,6 +181,37 @@ class Drafting:
         self._since = 0.0  # seconds gained since then, the last _TRIED steps'
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
+        self._known = np.zeros(n_slots, dtype=np.int64)  # tokens of each, when it was looked at,
+        self._read = np.zeros(n_slots, dtype=np.int64)  # and those that a draft model has computed
+        self._smaller = _SMALLER  # of the time of a prompt, what that takes
+        self._wanted = 0.0  # credit without which it is of no use to look at drafts again
+        self.looked = False  # for the next step
+
+    @property
+    def due(self) -> bool:
+        """Whether it is paid for to look at drafts before the next step."""
+        return self.credit + self._moves >= self._wanted
+
+    def decided(self, seconds: float) -> None:
+        """All that was done for a step that drafts were looked at for took so long, beside the step
+        itself: without a drafter what came before would have gone on."""
+        self._gained -= seconds
+        self.credit -= seconds
+
+    def passes(self, n_steps: int, seconds: float, *, asked: bool) -> bool:
+        """`n_steps` steps have decoded for so many seconds (0: that is not known), and might have
+        had drafts or not (`asked`). Whether that is all to be told of them: else `observe` is."""
+        paid = self.credit + self._moves + LOSS * seconds >= self._wanted
+        if asked or self.looked or paid or self._lingers():
+            return False
+        self._off += n_steps
+        self._fill(seconds)
+        return True
+
+    def _fill(self, seconds: float) -> None:
+        self._seconds += seconds
+        most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
+        self.credit = min(self.credit + LOSS * seconds, max(most, self._wanted))
 
     def observe(
         self,
@@ -212,12 +251,13 @@ class Drafting:
                 ratio = float(drafted.seconds_timed[n_rows]) / n / said
                 agrees = times.observe(n_rows, n, ratio) or agrees
         if asked:
+            if self.limits.drafts_catch_up:
+                self._caught_up(slots, drafted, cost)
             self._spell += n_steps
             renewed = times is self.times and drafted.n_timed[width]
             self._n_asked = 0 if renewed else self._n_asked + n_steps
         elif drafted.n_timed.any():
             self._spell, self._n_asked = self._spell * agrees, 0
-        self._seconds += drafted.seconds
         if not asked:
             self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
@@ -239,14 +279,28 @@ class Drafting:
                 self._moves = 2 * move  # it will have to come back
             elif not self._lingers():  # it has come back
                 spent -= moves / 2
-            gained = max(worth - spent, -_LOST_MOST * n_steps * plain)
+            own = spent - drafted.catch_up
+            gained = max(worth - own, -_LOST_MOST * n_steps * plain) - drafted.catch_up
         self._since = self._since * exp(-n_steps / _TRIED) + gained
         if begins:
             gained -= self._moves
         self._gained = self._gained * exp(-drafted.seconds / LATELY) + gained
         self.credit += gained
-        most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
-        self.credit = min(self.credit + LOSS * drafted.seconds, most)
+        self._fill(drafted.seconds)
+
+    def _prompts(self, slots: Slots, cost: StepCost) -> float:
+        """Seconds that it would take to compute what a draft model lacks of these, as a prompt."""
+        lacks = self._known[slots] - self._read[slots]
+        n = int(lacks[lacks > _IN_STEP].sum())
+        if not n or not self.times.knows(1, self.limits.n_seq_max):
+            return 0.0
+        return cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
+
+    def _caught_up(self, slots: Slots, drafted: Drafted, cost: StepCost) -> None:
+        said = self._prompts(slots, cost)
+        if drafted.catch_up and said:
+            self._smaller += (drafted.catch_up / said - self._smaller) / 4
+        self._read[slots] = self._known[slots] + drafted.taken[slots]
 
     def _is_calm(self, width: int) -> bool:
         """Steps of so many rows, or more, had time to be sampled on the device."""
@@ -256,11 +310,16 @@ class Drafting:
         """Drafts, in the next step, have the sampling moved off the device."""
         return self.limits.drafts_move_sampling and self._off > _LINGERS
 
-    def _begin(self, plain: float) -> float:
+    def _begin(self, slots: Slots, plain: float, cost: StepCost) -> float:
         """Seconds that it takes to sample elsewhere, and to come back; little, as long as that is
-        not known."""
-        known = _TRIAL * plain if self._move is None else 2 * self._move
-        return min(known, LOSS * LATELY / 2)
+        not known. And to bring a draft model to where these are."""
+        begin = 0.0
+        if self._begins():
+            known = _TRIAL * plain if self._move is None else 2 * self._move
+            begin = min(known, LOSS * LATELY / 2)
+        if self.limits.drafts_catch_up:
+            begin += self._smaller * self._prompts(slots, cost)
+        return begin
 
     def _lingers(self) -> bool:
         """Steps without drafts are still sampled on the host, on account of those before."""
@@ -280,14 +339,18 @@ class Drafting:
         slots: Slots,
         owner: npt.NDArray[np.int64],
         n_left: npt.NDArray[np.int64],
+        known: npt.NDArray[np.int64],
         kv: float,
         cost: StepCost | None,
         new_graph: float | None = None,
     ) -> Drafts:
-        """Of the sequences that decode in these slots, with so many tokens left to generate.
-        new_graph: seconds, as measured; None: as the cost model says."""
-        limits = self.limits
+        """Of the sequences that decode in these slots, with so many tokens left to generate, and so
+        many known. new_graph: seconds, as measured; None: as the cost model says."""
+        limits, self._wanted = self.limits, 0.0
+        self.looked = cost is not None  # else nothing can be said to be lost
         mine = self._owner[slots] == owner
+        self._known[slots] = known
+        self._read[slots] *= mine
         found, right = (share[slots] * mine[:, None] for share in (self._found, self._right))
         n = len(slots)
         width = self._width(slots)
@@ -310,9 +373,10 @@ class Drafting:
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
-            begin = self._begin(float(seconds[width])) if self._begins() else 0.0
+            begin = self._begin(slots, float(seconds[width]), cost)
             # what the move has taken is spent, whether drafts go on or not
             credit = self.credit + self._moves
+            self._wanted = begin
             if self._lingers() and self._since < -_TRIAL * seconds[width]:
                 credit = min(credit, self._since)
             return Prices(seconds, worst, credit, new_graph=graph, begin=begin)

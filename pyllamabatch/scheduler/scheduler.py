@@ -257,6 +257,7 @@ class Scheduler:
             self.cost,
             self.counters.steps,
             None if self.drafting is None else self._drafts,
+            self.drafting is not None and self.drafting.due,
         )
 
     def _drafts(self) -> Drafts:
@@ -266,10 +267,11 @@ class Scheduler:
         slots = running.decode_slots
         if running.asked:
             slots = running.decode_slots_but([*running.asked], [])
-        n_left = (running.most - running.computed)[slots]
+        known = running.computed[slots]
+        n_left = running.most[slots] - known
         attended = self.attention.of_all()
         return self.drafting.view(
-            slots, running.owner[slots], n_left, attended, self.cost, self.padding.graph
+            slots, running.owner[slots], n_left, known, attended, self.cost, self.padding.graph
         )
 
     def plan(self, now: float) -> Step | None:
@@ -286,6 +288,8 @@ class Scheduler:
         preempted = self._preempt_idle()
         self.admission.cache.make_checkpoints()
         sequences.refresh()
+        if self.drafting is not None:
+            self.drafting.looked = False
         view = self.view(now)
         plan = self.policy.plan(view)
         rows = check_plan(plan, view)

@@ -36,9 +36,10 @@ class Limits:
       filled up to the same number of rows, so that several are computed together.
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
-      before each step that may have them. drafts_move_sampling: steps that may have them are
-      sampled on the host, others on the device. even: also in a pool all sequences of a step with
-      drafts have the same number of rows (`even_rows`)."""
+      before each step that may have them. drafts_catch_up: by a model, which has to compute what it
+      lacks of a sequence first. drafts_move_sampling: steps that may have them are sampled on the
+      host, others on the device. even: also in a pool all sequences of a step with drafts have the
+      same number of rows (`even_rows`)."""
 
     n_batch: int
     n_ubatch: int
@@ -52,6 +53,7 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False
+    drafts_catch_up: bool = False
     drafts_move_sampling: bool = False
     even: bool = False
 
@@ -162,9 +164,9 @@ class Prices(NamedTuple):
       there are none.
     - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
       drafts.
-    - begin: seconds that it takes to begin with drafts, and to end that, where they move the
-      sampling off the device; 0 where they do not, or there were some just before. There has to be
-      so much credit."""
+    - begin: seconds that it takes to begin with drafts: for a draft model to compute what it lacks;
+      to move the sampling off the device, and back. 0 where there were some just before. There has
+      to be so much credit."""
 
     seconds: npt.NDArray[np.float64]
     worst: npt.NDArray[np.float64]
@@ -215,7 +217,9 @@ class StepView(NamedTuple):
       seconds of a step of `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that
       attend `kv` cells.
     - step: how many steps have been computed.
-    - drafts(): see `Drafts`; None where there are never any."""
+    - drafts(): see `Drafts`; None where there are never any. What it takes to look at it, and to
+      plan again the sooner for it, is lost as drafts can lose time; drafts_due: that is paid for.
+    """
 
     now: float
     limits: Limits
@@ -227,6 +231,7 @@ class StepView(NamedTuple):
     cost: StepCost | None = None
     step: int = 0
     drafts: Callable[[], Drafts] | None = None
+    drafts_due: bool = True
 
     @property
     def can_admit(self) -> bool:

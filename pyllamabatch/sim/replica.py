@@ -269,14 +269,16 @@ class SimulatedReplica:
         if self.recorder is not None:
             first = call.start + self.spec.overhead
             self.recorder.ended(step, first, ends, call.n_filled, call.steps)
-        drafted = None
-        if call.steps is not None:
+        drafted, drafting = None, self.scheduler.drafting
+        seconds = 0.0 if call.steps is None or step.chunks else float(call.steps.seconds[:n].sum())
+        passes = drafting is not None and drafting.passes(n, seconds, asked=bool(step.drafts))
+        if call.steps is not None and not passes:
             luck = {slot: self._luck(slot) for slot in step.decode.tolist()}
             n_slots, limits = self.scheduler.n_slots, self.scheduler.limits
             drafted = drafted_of(step, call.steps, n, luck, limits, n_slots)
             with_drafts = call.steps.rows[:n][call.steps.n_drafted[:n].any(1)]
             self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
-        self.scheduler.advance(step, n, None if drafted is None else end, drafted)
+        self.scheduler.advance(step, n, None if call.steps is None else end, drafted)
         done: list[int] = []
         if call.steps is not None and step.drafts:
             done = self._take_drafted(step, ends, call.steps)

@@ -2,7 +2,6 @@
 
 import logging
 from typing import Any, NamedTuple
-from unittest.mock import Mock
 
 import pytest
 
@@ -12,9 +11,9 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_prompts
+from pyllamabatch.scheduler.drafting import Drafting
 from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.types import Run
 from tests.support.decoding import loaded, with_mtp
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
@@ -28,13 +27,6 @@ def draft_of(engine: Engine) -> DraftModel:
     feed = engine._core._device.feed
     assert isinstance(feed, ModelFeed)
     return feed._draft
-
-
-def test_what_a_draft_model_lacked_is_to_be_gained_too() -> None:
-    """Else prompts that it computes would be lost, where answers are short."""
-    feed = ModelFeed(Mock())
-    run = Run(0, 4, 0, 2.0, catch_up_seconds=0.5)
-    assert feed.seconds(run) == 2.0
 
 
 class Case(NamedTuple):
@@ -133,6 +125,24 @@ def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
     ):
         load = draft_of(engine)._context.model._load
         assert (load["devices"], load["n_gpu_layers"]) == ([], 1)
+
+
+def test_an_engine_without_credit_does_nothing_for_drafts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not looked at, and the draft model computes nothing."""
+    monkeypatch.setattr(Drafting, "view", None)
+    cost: Any = Linear(10.0)
+    with engine_of(model, speculate=model, cost=cost) as engine:
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        drafting.credit = -1e9
+        for prompt in PROMPTS[:2]:
+            assert len(engine.submit(prompt, greedy(60)).result().tokens) == 60
+        assert draft_of(engine)._context.memory.pos_max(0) == -1
+        drafting.credit = 1.0
+        with pytest.raises(TypeError):
+            engine.submit(PROMPTS[0], greedy(60)).result()
 
 
 def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> None:

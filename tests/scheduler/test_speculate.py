@@ -43,6 +43,7 @@ def dear(rows: float) -> float:
 
 
 HALF = Linear(0.01, 0.005)
+KNOWN = np.zeros(1, np.int64)
 
 
 def half(rows: float) -> float:
@@ -53,7 +54,7 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
     """Of `n` sequences whose steps take `price(rows)` seconds."""
     rows = np.arange(41)
     seconds = np.array([price(float(n_rows)) if n_rows else 0.0 for n_rows in rows])
-    worst = np.where(rows > facts.pop("timed", 40), np.inf, seconds)
+    worst = np.where(rows > facts.pop("timed", 40), 2 * seconds, seconds)
     prices = Prices(seconds, worst, credit, begin=facts.pop("begin", 0.0))
     limits, right = facts.pop("limits", LIMITS), facts.pop("right", np.ones((n, 4)))
     drafts = Drafts(
@@ -135,6 +136,9 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
     assert prices is None
     if price is half and expected == 4:  # what was not timed lately is tried first
         assert decided(price, 1, timed=1, **own)[:2] == ({0: 4}, TIMED)
+        for credit, tried in ((0.021, ({0: 4}, 2)), (0.011, ({0: 4}, 1)), (0.0, ({}, STEPS))):
+            assert decided(price, 1, timed=1, credit=credit, **own)[:2] == tried
+            assert decided(price, 1, timed=1, begin=0.01, credit=0.01 + credit, **own)[:2] == tried
         found = np.zeros((1, 4))  # of one that is new
         assert decided(price, 1, found=found, **own) == ({}, 1, None)
 
@@ -220,7 +224,7 @@ def test_nor_do_drafts_that_take_time() -> None:
     shares = np.tile(np.array(GOOD), (8, 1))
 
     def decide() -> Speculation:
-        drafts = drafting.view(slots, owner, 1000 * one, 100.0, HALF)
+        drafts = drafting.view(slots, owner, 1000 * one, KNOWN, 100.0, HALF)
         view = view_of(decoding(0), limits=limits)._replace(drafts=lambda: drafts)
         return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
 
@@ -239,6 +243,90 @@ def test_nor_do_drafts_that_take_time() -> None:
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
 
 
+def test_to_look_at_drafts_is_paid_for_as_what_they_lose() -> None:
+    """Of drafts that are never right. To look takes as long as five steps."""
+    limits, look = replace(LIMITS, drafts_take_time=True), 5 * half(1)
+    drafting = Drafting(limits, 8)
+    slots, owner = np.array([0], np.int32), np.array([1])
+    shares, timed = np.tile(np.array(BAD), (8, 1)), np.bincount([1], minlength=9)
+    total, n_looks, passed = 0.0, 0, 0
+    for _ in range(3000):
+        drafting.looked, steps = False, 20
+        if drafting.due:
+            drafts = drafting.view(slots, owner, owner * 1000, KNOWN, 100.0, HALF)
+            view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
+            asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
+            assert (asked, most is None) == ({}, False)
+            steps, n_looks = min(steps, most or steps), n_looks + 1
+        seconds = steps * half(1)
+        if drafting.passes(steps, seconds, asked=False):
+            passed += 1
+        else:
+            drafted = Drafted(slots + steps, steps, 0, 0, np.ones((8, 4)), shares, seconds,
+                              steps * timed, timed * seconds)  # fmt: skip
+            drafting.observe(slots, owner, drafted, steps, 100, HALF)
+        if drafting.looked:
+            drafting.decided(look)
+        total += seconds + look * drafting.looked
+    assert 0.8 * LOSS * total < n_looks * look < LOSS * (total + ADVANCE) + look
+    assert passed > 2500
+
+
+def test_what_is_not_paid_for_is_not_looked_at() -> None:
+    def never() -> Drafts:
+        raise AssertionError
+
+    view = view_of(decoding(0), limits=LIMITS)._replace(drafts=never, drafts_due=False)
+    assert ByGain()(PlanBuilder(view, 64, 9, 0)) == ({}, None, None)
+    scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=ByGain(), repeat=9), cost=HALF)
+    scheduler.add(1, 1, 50, arrival=0.0)
+    drafting = scheduler.drafting
+    assert drafting is not None
+    prompt = scheduler.plan(0.0)
+    assert prompt is not None
+    scheduler.advance(prompt)
+    for credit, looked, repeat in ((-0.1, False, 9), (0.1, True, TIMED), (-0.1, False, 9)):
+        drafting.credit = credit
+        step = scheduler.plan(0.0)
+        assert step is not None
+        assert (drafting.looked, step.repeat) == (looked, repeat)
+        scheduler.advance(step)
+
+
+def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
+    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=True), 8)
+    slots, shares, left = np.array([0], np.int32), np.ones((8, 4)), np.array([90])
+    prompt = half(200)  # seconds
+
+    def look(id: int, known: int) -> float:
+        drafts = drafting.view(slots, np.array([id]), left, np.array([known]), 0.0, HALF)
+        assert drafts.prices is not None
+        prices = drafts.prices()
+        return 0.0 if prices is None else prices.begin
+
+    def call(id: int, catch_up: float, *, asked: bool) -> float:
+        before, timed = drafting.credit, np.bincount([1], minlength=9) * 8
+        drafted = Drafted(np.full(8, 8), 8, 0, 0, shares, shares, 8 * half(1) + catch_up, timed,
+                          timed * half(1), catch_up=catch_up)  # fmt: skip
+        drafting.observe(slots, np.array([id]), drafted, 8, 0, HALF, asked=asked)
+        return before - drafting.credit + LOSS * drafted.seconds
+
+    call(1, 0.0, asked=False)
+    begin = look(1, 200)
+    assert 0 < begin < prompt
+    drafting.credit = begin - 0.001
+    assert not drafting.due
+    while not drafting.due:  # it is saved for, however long that takes
+        if not drafting.passes(8, 8 * half(1), asked=False):
+            call(1, 0.0, asked=False)
+    assert drafting.credit >= begin
+    assert call(1, 2 * prompt, asked=True) == pytest.approx(2 * prompt)  # all of it counts
+    assert [look(1, known) for known in (208, 225)] == [0.0, 0.0]
+    longer = look(1, 408)
+    assert longer > begin  # than was thought
+    assert look(2, 200) == longer
+
+
 def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) -> tuple[float, int]:
     """Of one sequence whose drafts take time: the share of the time that it has lost in 3,000
     steps, and how many of these had drafts. pace: of the machine at each step; drafted_step: as
@@ -250,7 +338,7 @@ def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) ->
     total = worth = 0.0
     at = n_asked = 0
     while at < 3000:
-        drafts = drafting.view(slots, owner, 10000 * one, 100.0, HALF)
+        drafts = drafting.view(slots, owner, 10000 * one, KNOWN, 100.0, HALF)
         view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
         asked, steps, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
         assert steps is not None
@@ -294,7 +382,7 @@ def test_what_drafts_take_is_no_price_of_as_many_rows_without(takes_time: bool) 
     seconds = []
     for n in (4, 2):
         slots = np.arange(n, dtype=np.int32)
-        view = drafting.view(slots, 1 + slots, np.full(n, 9), 100.0, HALF)  # type: ignore[arg-type]
+        view = drafting.view(slots, 1 + slots, np.full(n, 9), KNOWN, 100.0, HALF)  # type: ignore[arg-type]
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None
@@ -312,7 +400,7 @@ def test_where_drafts_take_time_steps_of_which_none_had_one_are_not_what_others_
         seen = []
         for asked in (False, *[True] * 9):
             drafting.observe(slots, owner, drafted, 64, 100, HALF, asked=asked)
-            drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
+            drafts = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
             assert drafts.prices is not None
             seen.append(drafts.prices() is not None)
         assert seen[0]
@@ -323,7 +411,7 @@ def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
     slots = np.arange(8, dtype=np.int32)
     limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
     owner, left = np.arange(1, 9), np.full(8, 9)
-    drafts = Drafting(limits, 8).view(slots, owner, left, 100.0, HALF)
+    drafts = Drafting(limits, 8).view(slots, owner, left, KNOWN, 100.0, HALF)
     assert drafts.prices is None
 
 
@@ -335,7 +423,7 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
         timed = np.bincount([1], minlength=9) * 32
         drafted = Drafted(slots, 32, 0, 0, shares, shares, 0.3, timed, 0.01 * timed)
         drafting.observe(slots, owner, drafted, 32, 100, HALF, asked=asked)
-        drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
+        drafts = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
         assert drafts.prices is not None
         seen.append(drafts.prices() is not None)
     assert seen == [False, False, True]
@@ -352,7 +440,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
         n_moves, n_off, n_asked, moved = 0, 100, 0, False
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
-            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, HALF)
+            drafts = drafting.view(slots, owner, 1000 * owner, KNOWN, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
@@ -405,7 +493,7 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
 
     def begin() -> float:
-        view = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
+        view = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None

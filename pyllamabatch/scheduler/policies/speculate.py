@@ -37,8 +37,10 @@ class ByGain:
 
     def __call__(self, builder: PlanBuilder) -> Speculation:
         view = builder.view
-        drafts = None if view.drafts is None else view.drafts()
-        if drafts is None or drafts.prices is None or not drafts.ids:
+        if view.drafts is None or not view.drafts_due:
+            return NO_SPECULATION
+        drafts = view.drafts()
+        if drafts.prices is None or not drafts.ids:
             return NO_SPECULATION
         n = len(view.decoding)
         none = Speculation({}, min(max(STEPS, drafts.n_calm), AT_MOST))
@@ -46,7 +48,7 @@ class ByGain:
             return none
         prices = drafts.prices()
         if prices is None:
-            return Speculation({}, TIMED)
+            return Speculation({}, STEPS if view.limits.drafts_move_sampling else TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
         if most < 1 or prices.credit < prices.begin:
@@ -65,19 +67,20 @@ class ByGain:
         soon = 1 if takes_time else ASKED  # of a new one what is usual is known
         if (~drafts.found.any(axis=1) & (drafts.n_seen < soon)).any():
             return Speculation({}, soon)
-        k, timed = _choice(drafts, own, most, HOPE if takes_time else 1.0)
+        k, steps = _choice(drafts, own, most, HOPE if takes_time else 1.0)
         if not k:
             return none
-        if prices.begin:
+        if prices.begin and view.limits.drafts_move_sampling:
             return Speculation(
                 _as_many(drafts, k if takes_time else most), 1, None if takes_time else own
             )
-        return Speculation(_as_many(drafts, k), ASKED if timed else TIMED)
+        return Speculation(_as_many(drafts, k), steps)
 
 
-def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int, bool]:
+def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int, int]:
     """How many drafted tokens of each give most tokens a second, 0 where that is too little; and
-    whether such steps were timed. hope: what others take, beside what the cost model says."""
+    for how many steps: if such steps were not timed, few, and no more than there is credit for.
+    hope: what those take, beside what the cost model says."""
     n, width = len(drafts.ids), drafts.width
     plain = float(prices.seconds[width])
     best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
@@ -85,7 +88,7 @@ def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int
         left = float(drafts.n_left.mean()) * plain
         repaid = 1 - REPAID * prices.begin / left
         best = max(best, n / plain / repaid) if repaid > 0 else np.inf
-    choice, known = 0, True
+    choice, steps, spare = 0, ASKED, prices.credit - prices.begin
     for k in range(1, most + 1):
         rows = (width if drafts.even else n) * k + width
         seconds, worst = float(prices.seconds[rows]), float(prices.worst[rows])
@@ -93,11 +96,11 @@ def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int
         tokens = n + float(drafts.right[:, :k].sum())
         hoped = seconds if timed else max(hope * seconds, min(plain, seconds))
         rate = tokens / hoped if seconds > 0 else 0.0
-        # else the step itself would have none
-        dared = not prices.begin or worst + prices.new_graph - tokens * plain / n <= prices.credit
-        if rate > best and dared:
-            best, choice, known = rate, k, timed
-    return choice, known
+        loss = worst + prices.new_graph - tokens * plain / n  # at worst
+        if rate > best and loss <= spare:
+            best, choice = rate, k
+            steps = ASKED if timed else int(np.clip(spare / max(loss, 1e-9), 1, TIMED))
+    return choice, steps
 
 
 def _as_many(drafts: Drafts, n: int) -> dict[int, int]:
