@@ -58,7 +58,7 @@ class ThreadWatch:
         not known. Returns whether another one like it may go on without `begin`."""
         choice = self._choice(call)
         if choice is not None and run.n_drafted:
-            choice.give_up()
+            choice.give_up(run.seconds / run.n_steps)
         elif choice is not None and run.n_steps:
             window = choice.took(run.n_steps, run.seconds, own)
             if window is not None:
@@ -107,7 +107,7 @@ class ThreadChoice:
     n_done: int = 0  # steps of the window, and their seconds, and those that their thread computed
     seconds: float = 0.0
     own: float = 0.0
-    each: float = LOOK  # of the last window while nothing was compared
+    each: float = LOOK  # of the last steps while nothing was compared
 
     def __post_init__(self) -> None:
         self.n = self.n_most
@@ -119,7 +119,7 @@ class ThreadChoice:
     @property
     def n_left(self) -> int:
         """Steps until the next decision."""
-        return WINDOW - self.n_done if self.other else max(WINDOW, int(LOOK / self.each))
+        return WINDOW - self.n_done if self.other else max(WINDOW, int(LOOK / max(self.each, 1e-6)))
 
     def took(self, n_steps: int, seconds: float, own: float) -> tuple[float, float] | None:
         """Seconds of each step, and the share that their thread computed, where a window ends."""
@@ -134,8 +134,10 @@ class ThreadChoice:
             self.each = each
         return each, share
 
-    def give_up(self) -> None:
-        """A trial whose next steps can't be compared with those before. Another one follows."""
+    def give_up(self, each: float) -> None:
+        """A trial whose next steps, of `each` seconds, can't be compared with those before. Another
+        one follows."""
+        self.each = each
         if self.other:
             self.other = 0
             self._begin_window()

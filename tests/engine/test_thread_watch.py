@@ -116,6 +116,14 @@ def test_steps_that_had_drafts_have_as_many_as_those_without(machine: Machine) -
     assert N not in machine.compute(1, drafted=5)
 
 
+def test_calls_are_long_where_steps_are_short(machine: Machine) -> None:
+    machine.seconds = lambda threads, rows: 0.004 / threads
+    for drafted in (0, 3):
+        assert machine.watch.begin(decodes(5 + drafted), 1000) == WINDOW  # nothing is known of it
+        machine.compute(0.05, rows=5 + drafted, drafted=drafted)
+        assert machine.watch.begin(decodes(5 + drafted), 1000) == 100
+
+
 def test_a_trial_ends_where_drafts_begin(machine: Machine) -> None:
     for _ in range(1000):
         if machine.threads[1] != N:
