@@ -152,9 +152,8 @@ class KvAccounting:
         """Give `n` more cells to a running `slot`; ValueError when they are not there."""
         if n < 0 or n > self.room(slot) or self._cached[slot]:
             raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
-        held = self._held[slot]
-        self._place(slot, n, new=not held)
-        self._held[slot] = held + n
+        self._place(slot, n)
+        self._held[slot] += n
         self._used += n
 
     def take_each(
@@ -166,9 +165,8 @@ class KvAccounting:
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
         slots = slots.astype(np.intp)  # NumPy takes twice as long for any other type
-        held = self._held[slots]
-        self._place(slots, n_all, new=int(np.count_nonzero(held)) < len(held))
-        self._held[slots] = held + n
+        self._place(slots, n_all)
+        self._held[slots] += n
         self._used += n_all
 
     def share(self, source: int, target: int, n: int) -> None:
@@ -253,16 +251,16 @@ class KvAccounting:
 
     # -- inside
 
-    def _place(self, slots: int | npt.NDArray[np.integer], n: int, *, new: bool) -> None:
-        """The next `n` free cells are for these slots; `new`: some of them hold none. All in front
-        of the head are held, so it is no further than `used`."""
+    def _place(self, slots: int | npt.NDArray[np.integer], n: int) -> None:
+        """The next `n` free cells are for these slots. All in front of the head are held, so it is
+        no further than `used`."""
         if not self.unified or not n:
             return
         reach, used = self._reach, self._used
         head, free = min(self._head, used), reach - used
         end = head + n * (reach - head) / free if n < free else float(used + n)
         # No first is behind `_newest_first`, no last behind `reach`: then there is less to compare.
-        if new or head < self._newest_first:
+        if head < self._newest_first or not self._held[slots].all():
             self._first[slots] = np.minimum(self._first[slots], head)
             self._newest_first = max(self._newest_first, head)
         self._last[slots] = end if end >= reach else np.maximum(self._last[slots], end)
