@@ -56,6 +56,12 @@ def _targets() -> Iterator[Target]:
                 at_least=1.0,
                 where={"sampling": SAMPLING[kind]},
             )
+            yield Target(
+                f"{kind}, {pl} sequences: {DRAFT} over {OFF}",
+                speed_ratio(DRAFT, OFF, pl),
+                at_least=0.98,
+                where={"sampling": SAMPLING[kind]},
+            )
 
 
 TARGETS = (*_targets(), *acceptance.targets())

@@ -52,6 +52,7 @@ _ENOUGH = (
 )
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
+_OTHERS = 1024  # steps: see `Drafting._n_passed`
 _IN_STEP = 17  # tokens that a draft model may lack of a sequence in any step: drafts and one more
 _SMALLER = 0.25  # of the time that a prompt takes: what it takes a draft model, as long as unknown
 
@@ -184,13 +185,19 @@ class Drafting:
         self._known = np.zeros(n_slots, dtype=np.int64)  # tokens of each, when it was looked at,
         self._read = np.zeros(n_slots, dtype=np.int64)  # and those that a draft model has computed
         self._smaller = _SMALLER  # of the time of a prompt, what that takes
-        self._wanted = 0.0  # credit without which it is of no use to look at drafts again
+        self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
+        self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
 
     @property
     def due(self) -> bool:
         """Whether it is paid for to look at drafts before the next step."""
-        return self.credit + self._moves >= self._wanted
+        return self._pays_for(0.0)
+
+    def _pays_for(self, seconds: float) -> bool:
+        """So many seconds from now."""
+        wanted = self._wanted if self._n_passed < _OTHERS else 0.0
+        return self.credit + self._moves + LOSS * seconds >= wanted
 
     def decided(self, seconds: float) -> None:
         """All that was done for a step that drafts were looked at for took so long, beside the step
@@ -201,8 +208,8 @@ class Drafting:
     def passes(self, n_steps: int, seconds: float, *, asked: bool) -> bool:
         """`n_steps` steps have decoded for so many seconds (0: that is not known), and might have
         had drafts or not (`asked`). Whether that is all to be told of them: else `observe` is."""
-        paid = self.credit + self._moves + LOSS * seconds >= self._wanted
-        if asked or self.looked or paid or self._lingers():
+        self._n_passed += n_steps
+        if asked or self.looked or self._pays_for(seconds) or self._lingers():
             return False
         self._off += n_steps
         self._fill(seconds)
@@ -346,7 +353,7 @@ class Drafting:
     ) -> Drafts:
         """Of the sequences that decode in these slots, with so many tokens left to generate, and so
         many known. new_graph: seconds, as measured; None: as the cost model says."""
-        limits, self._wanted = self.limits, 0.0
+        limits, self._wanted, self._n_passed = self.limits, 0.0, 0
         self.looked = cost is not None  # else nothing can be said to be lost
         mine = self._owner[slots] == owner
         self._known[slots] = known

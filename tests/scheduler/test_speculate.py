@@ -320,6 +320,11 @@ def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
         if not drafting.passes(8, 8 * half(1), asked=False):
             call(1, 0.0, asked=False)
     assert drafting.credit >= begin
+    drafting.credit = begin - 0.001
+    assert not drafting.due
+    drafting.passes(1024, 0.0, asked=True)
+    assert drafting.due  # others may lack less
+    drafting.credit = begin
     assert call(1, 2 * prompt, asked=True) == pytest.approx(2 * prompt)  # all of it counts
     assert [look(1, known) for known in (208, 225)] == [0.0, 0.0]
     longer = look(1, 408)
