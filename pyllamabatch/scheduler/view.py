@@ -216,7 +216,7 @@ class StepView(NamedTuple):
     - cost: the device's cost model, or None. `cost.predict(rows, prefill, kv, n_seqs)` is the
       seconds of a step of `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that
       attend `kv` cells.
-    - step: how many steps have been computed.
+    - step: how many steps have been computed; one in parts counts for each (`Step.parts`).
     - drafts(): see `Drafts`; None where there are never any. What it takes to look at it, and to
       plan again the sooner for it, is lost as drafts can lose time; drafts_due: that is paid for.
     """
