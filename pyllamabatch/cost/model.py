@@ -121,6 +121,11 @@ class CostModel(StepCost):
             + prompt * (self._own_prompt[n] * own_prompt)
         )
 
+    def deeper(self, prefill: int, own: float, depth: float) -> float:
+        n, looked_at = min(prefill, self.n_ubatch), self.terms.looked_at
+        scale = self._scale[2 * self._regime[n] + 1]
+        return scale * self._own_prompt[n] * prefill * (looked_at(depth) - looked_at(own))
+
     # -- refinement --
 
     @property

@@ -47,6 +47,12 @@ class StepCost(Protocol):
         """Seconds of a step of `rows` rows in `n_seqs` sequences, `prefill` of them prompt rows,
         when `kv` cells are held before it. The simulator takes it as linear in `kv`."""
 
+    def deeper(self, prefill: int, own: float, depth: float) -> float:
+        """Seconds that a step takes longer than `predict` says where the sequences of its `prefill`
+        prompt rows hold `depth` cells each, and not `own`, the average of all. Below 0 for fewer;
+        0 where that is not known."""
+        return 0.0
+
     def observe(
         self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
     ) -> None:

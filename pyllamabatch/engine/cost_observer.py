@@ -57,7 +57,7 @@ class CostObserver:
                 cost.observe(*shapes[-1], rest)
             return
         if self._asynchronous and not len(step.decode):
-            self._wait_for(shapes[0], run.seconds)
+            self._wait_for(shapes[0], run.seconds - scheduler.attention.deeper(step, kv))
             return
         if self._pending and gap < _AT_ONCE:
             self._waited(shapes, run)
@@ -76,7 +76,7 @@ class CostObserver:
             cost.observe_switch(max(0.0, first) + max(0.0, gap))
         # Of several parts one number says nothing of each.
         if len(shapes) == 1 and not (switched and rebuilt and n == 1):
-            cost.observe(*shapes[0], seconds, n)
+            cost.observe(*shapes[0], seconds - scheduler.attention.deeper(step, kv), n)
 
     def _prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
         if n_prompt >= 16 + 8 * (n_rows - n_prompt):

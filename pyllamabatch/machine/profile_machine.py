@@ -223,8 +223,13 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         else:
             kv = float(held[at].sum())
         apart = not limits.unified and len(at) == len(slots) + len(seqs)
+        deeper = 0.0
         if limits.unified:
-            shapes = [(n_rows, n_before, kv, len(slots) + len(seqs))]
+            n_seqs = len(slots) + len(seqs)
+            shapes = [(n_rows, n_before, kv, n_seqs)]
+            if n_before:
+                depth = float(n_each[seqs] @ held[seqs]) / n_before
+                deeper = self._cost.deeper(n_before, kv / n_seqs, depth)
         elif not (apart and len(slots)):
             shapes = [(n_rows, n_rows, kv, len(at))]
         else:
@@ -237,7 +242,7 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
                 shapes = [(n, 0, mine * k / len(slots), n) for n, k in found]
             if n_before:
                 shapes.append((n_before, n_before, kv - mine, len(seqs)))
-        seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes)])
+        seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes) + deeper])
         each = [-(-rows // limits.n_ubatch) for rows, *_ in shapes]
         n_graphs = sum(each)
         if self._graphs is None:

@@ -57,6 +57,16 @@ class Attention:
         held = float(self._running.computed[[chunk.slot for chunk in step.chunks]].sum())
         return [*self._decoding(step, kv - held), (n, n, held, len(step.chunks))]
 
+    def deeper(self, step: Step, kv: float) -> float:
+        """Seconds that it takes longer than `predict` says of its shapes: in a pool these do not
+        tell what the sequences of its prompts hold. kv: see `shapes`."""
+        if self._cost is None or not (self._limits.unified and step.chunks):
+            return 0.0
+        n = sum(chunk.n for chunk in step.chunks)
+        depth = sum(chunk.n * chunk.start for chunk in step.chunks) / n
+        *_, n_seqs = step.shape(kv)
+        return self._cost.deeper(n, kv / n_seqs, depth)
+
     def _decoding(self, step: Step, kv: float) -> list[Shape]:
         n = len(step.decode)
         if step.n_pad:

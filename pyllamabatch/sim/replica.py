@@ -430,7 +430,7 @@ class SimulatedReplica:
         scheduler, predict = self.scheduler, self.spec.cost.predict
         kv = scheduler.attention.cells(step)
         shapes = scheduler.attention.shapes(step, kv)
-        first = sum(starmap(predict, shapes))
+        first = sum(starmap(predict, shapes)) + scheduler.attention.deeper(step, kv)
         seconds = np.full(n, first, dtype=np.float64)
         if n > 1:
             later = scheduler.attention.cells(step, n - 1)

@@ -56,6 +56,24 @@ def test_predict_agrees_with_the_terms() -> None:
             assert math.isclose(cost.predict(*shape), formula, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("window", [0, 500])
+def test_prompt_rows_deeper_than_the_average(window: int) -> None:
+    """As the formula has it of a ubatch whose prompt rows look at other cells than its sequences
+    hold on average."""
+    cost = CostModel.fit(profile(h200() + made_up(7), share=0.3))
+    cost.terms = replace(cost.terms, window=window, window_share=0.5 * bool(window))
+
+    def seconds(looked_at: float) -> float:
+        ubatch = Ubatch(308, 8, 9, 7000.0, 777.0, looked_at + 150)
+        return sum(cost.coefficients[name] * x for name, x in cost.terms.of(ubatch).items())
+
+    looks = cost.terms.looked_at
+    for depth in (0, 777, 6000):
+        deeper = cost.deeper(300, 777.0, depth)
+        assert deeper == pytest.approx(seconds(looks(depth)) - seconds(looks(777.0)), abs=1e-12)
+        assert math.copysign(1, deeper) == math.copysign(1, depth - 777)
+
+
 def test_tiles_of_another_kernel() -> None:
     """Steps at tiles of 16 beside another kernel's rows are found, and said before measuring."""
     found = Kernels((Regime(1), Regime(2)), tiles=(16, 32))

@@ -119,7 +119,8 @@ MEASURED = NewGraph(0.002, 0.004)  # 2 ms for a new graph, and 4 ms in the two s
 
 class Observed(NamedTuple):
     """Calls that follow each other without a pause, `n_prompt` rows of a prompt beside each of
-    them, in `shapes` if not all at once; what is learnt: rows and ms of steps, ms of switches."""
+    them, in `shapes` if not all at once, which take `deeper` seconds for their depth; what is
+    learnt: rows and ms of steps, ms of switches."""
 
     calls: list[Call]
     steps: list[tuple[int, float]]
@@ -127,6 +128,7 @@ class Observed(NamedTuple):
     new_graph: NewGraph = NO_COST
     n_prompt: int = 0
     shapes: list[tuple[int, int, float, int]] | None = None
+    deeper: float = 0.0
 
 
 OBSERVED = {
@@ -157,6 +159,9 @@ OBSERVED = {
         [(12, 3)] * 2,
         new_graph=MEASURED,
         n_prompt=10,
+    ),
+    "nor what a deep prompt takes for its depth": Observed(
+        [call(PAIR, 1, 1, 5, 5)], [(12, 3)], n_prompt=10, deeper=0.002
     ),
     "what settles in a later call is no part of its step": Observed(
         [call(PAIR, 1, 0, 5, 5), *(call(PAIR, 1, 1, ms, ms) for ms in (5, 5, 3))],
@@ -208,6 +213,7 @@ def test_what_is_learnt_of_calls(case: Observed, tell: Tell) -> None:
     attention = SimpleNamespace(
         cells=lambda step, ahead: 100 + step.n_rows * ahead,
         shapes=lambda step, kv: case.shapes or [step.shape(kv)],
+        deeper=lambda step, kv: case.deeper,
     )
     chunks = (PromptChunk(9, 9, 0, case.n_prompt),) if case.n_prompt else ()
     observe = CostObserver(scheduler(cost, attention, Limits(8, 8, 8, 64, 8, unified=False)))
@@ -227,7 +233,9 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
     """The device has all but 1 ms of it still to do when the decode's tokens are there."""
     cost = Learner(NewGraph(0.002))
     shapes = iter([[(3, 0, 50.0, 3), (40, 40, 0.0, 1)], [(4, 0, 90.0, 4)], [(4, 0, 94.0, 4)]])
-    attention = SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: next(shapes))
+    attention = SimpleNamespace(
+        cells=lambda *_: 0.0, shapes=lambda *_: next(shapes), deeper=lambda *_: 0.0
+    )
     observe = CostObserver(
         scheduler(cost, attention, Limits(64, 64, 8, 64, 8, unified=False)), asynchronous=True
     )
@@ -246,7 +254,9 @@ def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing(tell:
     cost = Learner(NewGraph(0.002))
     limits = Limits(8, 8, 1, 64, 64, n_draft_max=2, drafts_move_sampling=True)
     drafting, slots = Drafting(limits, 1), np.zeros(1, np.int32)
-    attention = SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)])
+    attention = SimpleNamespace(
+        cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)], deeper=lambda *_: 0.0
+    )
     drafts_too = scheduler(cost, attention, limits, drafting)
     observe = CostObserver(drafts_too, asynchronous=True)
     shares, none = np.zeros((1, 2)), np.zeros(9)

@@ -10,6 +10,7 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.scheduler.policies.parts import STALL_SECONDS
 from pyllamabatch.sim import EngineSpec, TraceRequest, draw, simulate
 
 
@@ -104,6 +105,20 @@ def test_a_long_prompt_with_a_short_answer_has_its_turn(name: str) -> None:
     later = [o for o in outcomes if o.arrival > found.arrival]
     assert len(later) > 20
     assert all(o.first >= found.first for o in later)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("name", CPUS[1:])
+def test_a_long_prompt_stalls_no_reader_for_longer_than_the_bound(name: str, unified: bool) -> None:
+    """However deep it is beside short ones."""
+    model = CostModel.fit(shipped_profile(name), unified=unified, n_ubatch=512)
+    cells = 9 * 8192
+    machine = EngineSpec.of(model, n_seq_max=9, n_cells=cells, unified=unified, prefix_cache=False)
+    readers = [TraceRequest(i, 0.0, 32, 400, ((i, 32),), 400) for i in range(8)]
+    long = TraceRequest(100, 5.0, 6000, 4, ((100, 6000),), 4)
+    outcomes = simulate([*readers, long], machine, DEFAULT).outcomes
+    longest = max(o.longest_itl for o in outcomes if o.id != long.id)
+    assert 0.9 * STALL_SECONDS < longest < 1.05 * STALL_SECONDS
 
 
 @pytest.mark.parametrize(

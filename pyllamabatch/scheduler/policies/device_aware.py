@@ -27,6 +27,7 @@ from .parts import (
     UntilDue,
     WhenItFits,
     WithinTarget,
+    beside_decodes,
     half_for_targets,
     next_due,
     soonest_due,
@@ -74,8 +75,9 @@ def cheapest(view: StepView, cost: StepCost, most: int, least: int, gain: float)
     free = view.limits.n_seq_max - len(view.running)
     wide = n + len(view.prefilling) + min(free, len(view.waiting))
     missed = max(0.0, wide / n * alone - predict(wide, 0, wide / n * kv, wide))
+    together = beside_decodes(view, cost)
     price = {
-        rows: (predict(n + rows, rows, kv, n + 1) - alone + missed) / rows
+        rows: (together(rows) - alone + missed) / rows
         for rows in halves(most, least, n, cost.edges)
     }
     low = min(price.values())

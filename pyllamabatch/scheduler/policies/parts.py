@@ -9,6 +9,8 @@ from itertools import chain, takewhile
 from math import inf, isinf
 from typing import Any
 
+from pyllamabatch.cost.step_cost import StepCost
+
 from ...errors import ArgumentError
 from ..policy import Budget, Order, PlanBuilder, Verdict
 from ..queue import itl_target
@@ -286,20 +288,33 @@ class UntilDue:
         if first is None or isinf(due) or first.remaining >= rows - n:
             return rows
         least, seconds = first.remaining, self.margin * (due - view.now)
-        alone = view.cost.predict(n + least, least, view.kv.attended, n + 1)
+        alone = beside_decodes(view, view.cost)(least)
         return min(rows, n + most_within(view, seconds, least)) if alone <= seconds else rows
+
+
+def beside_decodes(view: StepView, cost: StepCost) -> Callable[[int], float]:
+    """Seconds of a step in which so many rows of the next prompt are computed beside all who
+    decode."""
+    n, kv = len(view.decoding), view.kv.attended
+    first = next(chain(view.prefilling, view.waiting), None)
+    own, depth = kv / (n + 1), 0 if first is None else max(first.computed, first.prefix.hit)
+
+    def predict(rows: int) -> float:
+        return cost.predict(n + rows, rows, kv, n + 1) + cost.deeper(rows, own, depth)
+
+    return predict
 
 
 def most_within(view: StepView, seconds: float, least: int) -> int:
     """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
     take no longer than `seconds`; but `least` at the least."""
     assert view.cost is not None
-    n, kv, predict = len(view.decoding), view.kv.attended, view.cost.predict
+    predict = beside_decodes(view, view.cost)
 
     def excess(rows: int) -> float:
-        return predict(n + rows, rows, kv, n + 1) - seconds
+        return predict(rows) - seconds
 
-    low, high = least, view.limits.n_batch - n
+    low, high = least, view.limits.n_batch - len(view.decoding)
     if low >= high:
         return low
     if (above := excess(high)) <= 0:
