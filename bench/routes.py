@@ -60,26 +60,45 @@ from tools.serve_load import metrics_of
 
 REPLICAS = 2
 USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
-N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens; of a prefix by default
+N_QUESTION = 12  # tokens
 N_SLOTS = 4  # of a replica
 N_ORDERS = 16  # of the clients, that are simulated
 N_ON_THE_WAY = 10  # requests of each client whose way is timed
-N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
 TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
 LIVE, SIMULATED = "live", "simulated"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "repeats": 1}
 
 
-def n_cells(n_prefix: int) -> int:
-    """Of a replica."""
-    return (USERS // 2) * n_prefix + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT
+class Sizes(NamedTuple):
+    """Tokens of a user's prefix and of an answer."""
+
+    n_prefix: int = 800
+    n_answer: int = 16
+
+    @property
+    def n_turn(self) -> int:
+        return N_QUESTION + self.n_answer
+
+    @property
+    def n_cells(self) -> int:
+        """Of a replica."""
+        n_chat = TURNS * self.n_turn
+        return (USERS // 2) * self.n_prefix + (CHATS // 2) * n_chat + N_SLOTS * n_chat
+
+    @property
+    def n_prompts(self) -> int:
+        """Tokens of all prompts."""
+        first = self.n_prefix + N_QUESTION
+        return sum(first + i * self.n_turn for i in range(TURNS)) * CHATS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"n_kv_max": self.n_cells}
 
 
-def n_prompts(n_prefix: int) -> int:
-    """Tokens of all prompts."""
-    asked = n_prefix + N_QUESTION
-    return sum(asked + i * (N_QUESTION + N_ANSWER) for i in range(TURNS)) * CHATS
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    return Sizes(options.prefix, options.answer)
 
 
 class Variant(NamedTuple):
@@ -140,6 +159,7 @@ TARGETS = (
         "two replicas: prefix hits of prefix affinity over round robin, live",
         hits_ratio(LIVE),
         at_least=1.7,
+        where=Sizes().settings,
     ),
     *(
         Target(f"{router}: tokens/s simulated over live", speed_off(router), 0.95, 1.05)
@@ -155,9 +175,11 @@ TARGETS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser, "smollm2-135m", threads=1)
     parser.add_argument("--replicas", type=int, default=REPLICAS, metavar="N")
-    parser.add_argument(
-        "--prefix", type=int, default=N_PREFIX, metavar="N", help="tokens of a user"
-    )
+    default = Sizes()
+    parser.add_argument("--prefix", type=int, default=default.n_prefix, metavar="N",
+                        help="tokens of a user's prefix")  # fmt: skip
+    parser.add_argument("--answer", type=int, default=default.n_answer, metavar="N",
+                        help="tokens of an answer")  # fmt: skip
     parser.add_argument("--machine", default="", metavar="PROFILE", help="instead of a model")
     parser.add_argument(
         "--calibrate", type=float, default=60.0, metavar="S", help="to measure the device"
@@ -181,8 +203,9 @@ def main(options: argparse.Namespace) -> int:
             with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
                 about = harness.facts_of(model)
                 spec = spec_on(options, model)
-        n_prompt = n_prompts(options.prefix) // CLIENTS
-        n_answer = CHATS * TURNS * N_ANSWER // CLIENTS
+        sizes = sizes_of(options)
+        n_prompt = sizes.n_prompts // CLIENTS
+        n_answer = CHATS * TURNS * sizes.n_answer // CLIENTS
         (case,) = cases_of(options, file, n_prompt, n_answer, [CLIENTS])
         if any(one.kind == SIMULATED for one in chosen):
             spec = replace(spec, latency=way(options, case))
@@ -266,7 +289,7 @@ def spec_on(options: argparse.Namespace, model: Model | None) -> EngineSpec:
         profile = calibrated(options, model, threads)
     cost = CostModel.fit(profile, unified=True)
     with Engine(
-        model, machine=options.machine or None, kv_unified=True, **sizes(options), **threads
+        model, machine=options.machine or None, kv_unified=True, **cells_of(options), **threads
     ) as engine:
         return spec_of(engine, OVERHEAD, cost=cost)
 
@@ -275,8 +298,8 @@ def threads_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"n_threads": options.threads, "n_threads_batch": options.threads}
 
 
-def sizes(options: argparse.Namespace) -> dict[str, Any]:
-    return {"n_seq_max": N_SLOTS, "n_ctx": n_cells(options.prefix)}
+def cells_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"n_seq_max": N_SLOTS, "n_ctx": sizes_of(options).n_cells}
 
 
 def calibrated(options: argparse.Namespace, model: Model, threads: dict[str, Any]) -> Profile:
@@ -290,7 +313,7 @@ def calibrated(options: argparse.Namespace, model: Model, threads: dict[str, Any
                 raise ToolError("a process that should keep a core busy has ended")
         profile = calibrate(
             model, budget=options.calibrate, layouts=("unified",), beside=[o.pid for o in others],
-            **threads,
+            n_seq_max=N_SLOTS + 1, **threads,
         )  # fmt: skip
     finally:
         for one in others:
@@ -317,7 +340,7 @@ def own_profiles() -> Iterator[None]:
 
 def keeping_busy(options: argparse.Namespace, model: Model) -> subprocess.Popen[str]:
     """A process that computes as a replica does. It writes a line when it begins."""
-    given = {name: getattr(options, name) for name in ("gpu_layers", "threads", "prefix")}
+    given = {name: getattr(options, name) for name in ("gpu_layers", "threads", "prefix", "answer")}
     call = f"from bench.routes import keep_busy; keep_busy({model.path!r}, **{given!r})"
     return subprocess.Popen([sys.executable, "-c", call], cwd=REPOSITORY, stdout=subprocess.PIPE,
                             text=True)  # fmt: skip
@@ -328,25 +351,25 @@ def keep_busy(path: str, **given: Any) -> None:
     threads = threads_of(options)
     with (
         Model(path, n_gpu_layers=options.gpu_layers) as model,
-        Engine(model, kv_unified=True, **sizes(options), **threads) as engine,
+        Engine(model, kv_unified=True, **cells_of(options), **threads) as engine,
     ):
         print("begins", flush=True)
         while True:
             prompts = [drawn(rng, options.prefix // 4) for _ in range(N_SLOTS)]
-            engine.generate(prompts, SamplingParams(max_tokens=N_ANSWER, ignore_eog=True))
+            engine.generate(prompts, SamplingParams(max_tokens=options.answer, ignore_eog=True))
 
 
-def trace(asked: Sequence[Sequence[Asked]], n_prefix: int) -> list[TraceRequest]:
+def trace(asked: Sequence[Sequence[Asked]], sizes: Sizes) -> list[TraceRequest]:
     """The same requests; pieces of users, questions and answers are numbers of their own."""
     found: list[TraceRequest] = []
     for ones in asked:
         after: int | None = None
         for one in ones:
             id = len(found)
-            content = [(one.user, n_prefix)]
+            content = [(one.user, sizes.n_prefix)]
             for turn in range(one.turn + 1):
                 piece = USERS + 2 * (one.chat * TURNS + turn)
-                content += [(piece, N_QUESTION), (piece + 1, N_ANSWER)]
+                content += [(piece, N_QUESTION), (piece + 1, sizes.n_answer)]
             *content, (answer, n_answer) = content
             n_prompt = sum(n for _, n in content)
             found.append(TraceRequest(id, 0.0, n_prompt, n_answer, tuple(content), answer, after))
@@ -359,7 +382,7 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
     for _ in range(N_ORDERS):
         clients = order(case.seed)
         rng.shuffle(clients)
-        requests = trace(clients, options.prefix)
+        requests = trace(clients, sizes_of(options))
         run = simulate(requests, spec, n_replicas=options.replicas, router=router)
         counters = [load.counters for load in run.loads]
         known = sum(c.known_tokens for c in counters)
@@ -369,11 +392,7 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
         "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": spec.latency,
         "other_cpu": 0.0,
     }  # fmt: skip
-    return Measured(0.0, fmean(seconds), settings(options), detail)
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {"n_kv_max": n_cells(options.prefix)}
+    return Measured(0.0, fmean(seconds), sizes_of(options).settings, detail)
 
 
 # -- live
@@ -382,7 +401,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def serve(options: argparse.Namespace, router: str, case: Case) -> list[str]:
     command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST,
                "-t", str(case.n_threads), "-np", str(N_SLOTS), "--kv-unified",
-               "-c", str(n_cells(options.prefix)), "--replicas", str(options.replicas),
+               "-c", str(sizes_of(options).n_cells), "--replicas", str(options.replicas),
                "--router", router]  # fmt: skip
     if options.machine:
         command += ["--machine", options.machine, "--gpus-per-replica", "1"]
@@ -399,7 +418,7 @@ def fleet(options: argparse.Namespace, router: str, case: Case) -> Iterator[http
     try:
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as client:
             for _ in range(4 * options.replicas):
-                complete(client, [1, 2, 3])
+                complete(client, [1, 2, 3], options.answer)
             yield client
     finally:
         server.stop()
@@ -413,7 +432,7 @@ def way(options: argparse.Namespace, case: Case) -> float:
         each: list[float] = []
         for _ in range(1 + N_ON_THE_WAY):
             began = time.perf_counter()
-            times = complete(client, [32 + i] * options.prefix, 3 * N_ANSWER)["timings"]
+            times = complete(client, [32 + i] * options.prefix, 3 * options.answer)["timings"]
             inside = sum(times[name] for name in ("queue_ms", "prompt_ms", "predicted_ms"))
             each.append(time.perf_counter() - began - inside / 1e3)
         return each[1:]
@@ -427,19 +446,18 @@ def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
     with fleet(options, router, case) as client:
         others = OtherCores(descendants())
         before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
-        talk(client, order(case.seed), case.seed, options.prefix)
+        talk(client, order(case.seed), case.seed, sizes_of(options))
         seconds, other_cpu = time.perf_counter() - began, others.used()
         after = metrics_of(client.get("/metrics").text)
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
-    return Measured(
-        0.0, seconds, settings(options), {"hit_rate": hits / known, "other_cpu": other_cpu}
-    )
+    detail = {"hit_rate": hits / known, "other_cpu": other_cpu}
+    return Measured(0.0, seconds, sizes_of(options).settings, detail)
 
 
-def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int, n_prefix: int) -> None:
+def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int, sizes: Sizes) -> None:
     """Every client to its end. Prompts are random tokens, and the answers that came."""
     rng = random.Random(seed)
-    prefixes = [drawn(rng, n_prefix) for _ in range(USERS)]
+    prefixes = [drawn(rng, sizes.n_prefix) for _ in range(USERS)]
     questions = [[drawn(rng, N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
     chats: dict[int, list[int]] = {}
 
@@ -447,7 +465,7 @@ def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int, n_pr
         for one in ones:
             tokens = chats.setdefault(one.chat, list(prefixes[one.user]))
             tokens += questions[one.chat][one.turn]
-            tokens += complete(client, tokens)["tokens"]
+            tokens += complete(client, tokens, sizes.n_answer)["tokens"]
 
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(ask, asked))
@@ -458,7 +476,7 @@ def drawn(rng: random.Random, n: int) -> list[int]:
     return [rng.randrange(32, 127) for _ in range(n)]
 
 
-def complete(client: httpx.Client, tokens: list[int], n_answer: int = N_ANSWER) -> dict[str, Any]:
+def complete(client: httpx.Client, tokens: list[int], n_answer: int) -> dict[str, Any]:
     body = {"prompt": tokens, "n_predict": n_answer, "ignore_eos": True, "return_tokens": True}
     answer = client.post("/completion", json=body)
     answer.raise_for_status()

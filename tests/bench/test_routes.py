@@ -20,22 +20,22 @@ from tests.support.served import serving
 def test_clients_ask_what_is_simulated(
     embedded_model: Model,
 ) -> None:
-    asked, n_prefix = routes.order(3), 40
-    requests = routes.trace(asked, n_prefix)
+    asked, sizes = routes.order(3), routes.Sizes(40, 16)
+    requests = routes.trace(asked, sizes)
     with serving(embedded_model) as served, httpx.Client(base_url=served.url) as client:
-        routes.talk(client, asked, 3, n_prefix)
+        routes.talk(client, asked, 3, sizes)
         stats = served.engine.stats()
     assert stats.submitted == len(requests) == routes.CHATS * routes.TURNS
-    assert stats.known_tokens == routes.n_prompts(n_prefix)
+    assert stats.known_tokens == sizes.n_prompts
     assert stats.known_tokens == sum(request.n_prompt for request in requests)
     assert stats.tokens == sum(request.n_output for request in requests)
 
 
 def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     cost = Linear(10e-3, 0.4e-3)
-    n_cells = routes.n_cells(800)
+    n_cells = routes.Sizes().n_cells
     spec = EngineSpec.of(cost, n_seq_max=routes.N_SLOTS, n_cells=n_cells)
-    options = argparse.Namespace(replicas=2, prefix=800)
+    options = argparse.Namespace(replicas=2, prefix=800, answer=16)
     turns, affinity = (
         routes.simulated(spec, options, router, case) for router in (TURN_BY_TURN, AFFINITY)
     )
@@ -52,15 +52,16 @@ def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:
-    options = argparse.Namespace(replicas=3, machine="", prefix=800)
+    options = argparse.Namespace(replicas=3, machine="", prefix=800, answer=16)
     words = routes.serve(options, AFFINITY, replace(case, n_gpu_layers=7))
     assert words[words.index("-ngl") + 1] == "7"
     assert "-ngl" not in routes.serve(options, AFFINITY, replace(case, n_gpu_layers=-1))
 
 
 def test_figures_compare_live_and_simulated() -> None:
+    n_cells = routes.Sizes().n_cells
     rows = [
-        row(routes.Variant(kind, router).name, 8, speed, hit_rate=rate)
+        replace(row(routes.Variant(kind, router).name, 8, speed, hit_rate=rate), n_kv_max=n_cells)
         for kind, router, rate, speed in (
             (LIVE, TURN_BY_TURN, 0.4, 100.0),
             (LIVE, AFFINITY, 0.8, 200.0),
@@ -73,5 +74,7 @@ def test_figures_compare_live_and_simulated() -> None:
     missed = [target.missed_by(rows) for target in routes.TARGETS]
     assert missed == [False, False, True, False, True]
     assert [target.measured(rows[:1]) for target in routes.TARGETS] == [None] * 5
+    shorter = [replace(one, n_kv_max=99) for one in rows]  # which has other hits
+    assert [target.measured(shorter) for target in routes.TARGETS] == [None, *values[1:]]
     for one, four in zip(rows, routes.variants(4), strict=True):
         assert one.arm != four.name
