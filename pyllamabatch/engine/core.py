@@ -268,8 +268,8 @@ class EngineCore:
                 return
             computed += run.seconds
         drafting = self.scheduler.drafting
-        if drafting is not None and drafting.looked:
-            drafting.decided(perf_counter() - began - computed)
+        if drafting is not None:
+            drafting.turned(perf_counter() - began - computed)
 
     def _take_commands(self) -> None:
         """Do what other threads have asked for, and what the clock does."""

@@ -52,6 +52,7 @@ _ENOUGH = (
 )
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
+_LEARNED = 0.125  # the share of a new observation
 _OTHERS = 1024  # steps: see `Drafting._n_passed`
 _IN_STEP = 17  # tokens that a draft model may lack of a sequence in any step: drafts and one more
 _SMALLER = 0.25  # of the time that a prompt takes: what it takes a draft model, as long as unknown
@@ -188,6 +189,9 @@ class Drafting:
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
         self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
+        self._cut = False  # it is planned because the one before was to go on for so long only
+        self._n_changes = 0  # when it was planned
+        self._turn = 0.0  # seconds of Python for a step without a look
 
     @property
     def due(self) -> bool:
@@ -199,11 +203,22 @@ class Drafting:
         wanted = self._wanted if self._n_passed < _OTHERS else 0.0
         return self.credit + self._moves + LOSS * seconds >= wanted
 
-    def decided(self, seconds: float) -> None:
-        """All that was done for a step that drafts were looked at for took so long, beside the step
-        itself: without a drafter what came before would have gone on."""
-        self._gained -= seconds
-        self.credit -= seconds
+    def planned(self, n_changes: int) -> None:
+        """The next step is about to be planned. n_changes: see `Sequences`."""
+        self._cut = self.looked and n_changes == self._n_changes
+        self._n_changes, self.looked = n_changes, False
+
+    def turned(self, seconds: float) -> None:
+        """What was done for that step took so long, beside the step itself. All of it is lost where
+        nothing has changed since drafts were looked at: without a drafter what came before would
+        have gone on. Else what it takes longer than such a turn does without a look."""
+        lost = seconds
+        if not self._cut:
+            lost = max(0.0, seconds - self._turn) if self.looked else 0.0
+            if not self.looked:
+                self._turn += (seconds - self._turn) * (_LEARNED if self._turn else 1.0)
+        self._gained -= lost
+        self.credit -= lost
 
     def passes(self, n_steps: int, seconds: float, *, asked: bool) -> bool:
         """`n_steps` steps have decoded for so many seconds (0: that is not known), and might have

@@ -289,7 +289,7 @@ class Scheduler:
         self.admission.cache.make_checkpoints()
         sequences.refresh()
         if self.drafting is not None:
-            self.drafting.looked = False
+            self.drafting.planned(sequences.n_changes)
         view = self.view(now)
         plan = self.policy.plan(view)
         rows = check_plan(plan, view)

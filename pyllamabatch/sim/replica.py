@@ -279,6 +279,8 @@ class SimulatedReplica:
             with_drafts = call.steps.rows[:n][call.steps.n_drafted[:n].any(1)]
             self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
         self.scheduler.advance(step, n, None if call.steps is None else end, drafted)
+        if drafting is not None:
+            drafting.turned(self.spec.overhead)
         done: list[int] = []
         if call.steps is not None and step.drafts:
             done = self._take_drafted(step, ends, call.steps)

@@ -243,21 +243,24 @@ def test_nor_do_drafts_that_take_time() -> None:
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
 
 
-def test_to_look_at_drafts_is_paid_for_as_what_they_lose() -> None:
-    """Of drafts that are never right. To look takes as long as five steps."""
+@pytest.mark.parametrize("changes", [0, 1])
+def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
+    """Of drafts that are never right. A turn with a look takes as long as five steps, and three
+    without; but that is lost as well where nothing has changed."""
     limits, look = replace(LIMITS, drafts_take_time=True), 5 * half(1)
     drafting = Drafting(limits, 8)
     slots, owner = np.array([0], np.int32), np.array([1])
     shares, timed = np.tile(np.array(BAD), (8, 1)), np.bincount([1], minlength=9)
-    total, n_looks, passed = 0.0, 0, 0
-    for _ in range(3000):
-        drafting.looked, steps = False, 20
+    total, lost, passed, steps = 0.0, 0.0, 0, 20
+    for i in range(3000):
+        drafting.planned(i * changes)
+        more, steps = steps < 20, 20
         if drafting.due:
             drafts = drafting.view(slots, owner, owner * 1000, KNOWN, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert (asked, most is None) == ({}, False)
-            steps, n_looks = min(steps, most or steps), n_looks + 1
+            steps = min(steps, 10)
         seconds = steps * half(1)
         if drafting.passes(steps, seconds, asked=False):
             passed += 1
@@ -265,11 +268,12 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose() -> None:
             drafted = Drafted(slots + steps, steps, 0, 0, np.ones((8, 4)), shares, seconds,
                               steps * timed, timed * seconds)  # fmt: skip
             drafting.observe(slots, owner, drafted, steps, 100, HALF)
-        if drafting.looked:
-            drafting.decided(look)
-        total += seconds + look * drafting.looked
-    assert 0.8 * LOSS * total < n_looks * look < LOSS * (total + ADVANCE) + look
-    assert passed > 2500
+        turn = look if drafting.looked else 0.6 * look
+        drafting.turned(turn)
+        needed = 0.0 if more and not changes else 0.6 * look
+        lost, total = lost + turn - needed, total + seconds + turn
+    assert 0.7 * LOSS * total < lost < LOSS * (total + ADVANCE) + look
+    assert passed > 2000
 
 
 def test_what_is_not_paid_for_is_not_looked_at() -> None:

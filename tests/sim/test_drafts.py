@@ -62,6 +62,22 @@ def test_a_step_of_a_given_number_of_drafts_takes_its_rows() -> None:
     assert never.end - never.first == pytest.approx(2 * 0.011)
 
 
+@pytest.mark.parametrize("takes_time", [True, False])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3])
+def test_short_answers_of_a_small_model_are_as_soon_as_without(
+    takes_time: bool, acceptance: float
+) -> None:
+    """To decide takes as long as ten steps, and an answer has thirty."""
+    requests = [one(i, 0.02 * i, 20, 30) for i in range(500)]
+    shape: dict[str, Any] = {"n_seq_max": 4, "overhead": 3e-3, "cost": Linear(2e-4, 1e-4)}
+    plain = simulate(requests, machine(**shape)).summary()
+    spec = machine(speculate=True, **shape)
+    spec = replace(spec, limits=replace(spec.limits, drafts_take_time=takes_time))
+    drafted = simulate([replace(r, acceptance=acceptance) for r in requests], spec)
+    assert drafted.summary()["duration"] < 1.02 * plain["duration"]
+    assert drafted.loads[0].seconds < 1.02 * plain["duration"]
+
+
 @LAYOUTS
 def test_rows_that_cost_as_much_as_the_first_have_no_drafts(unified: bool) -> None:
     requests = [one(i, 0.0, 20, 300, acceptance=0.6) for i in range(2)]
