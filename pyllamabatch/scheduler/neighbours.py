@@ -14,7 +14,7 @@ from ..cost.step_cost import StepCost
 from .step import PromptChunk, by_slot
 from .view import Limits
 
-MOST = 4  # prompts that are computed together
+MOST = 8  # prompts that are computed together
 
 
 class Neighbours:
@@ -51,21 +51,23 @@ class Neighbours:
 
     def window(
         self, sizes: Sequence[int], occupied: npt.NDArray[np.bool_], cost: StepCost
-    ) -> range | None:
-        """Slots in a row for newcomers with prompts of these sizes, where it pays that those that
-        run there move away; None: they need none. occupied: by slot."""
+    ) -> list[int] | None:
+        """Slots in a row for newcomers with prompts of these sizes, so that those of a similar size
+        are neighbours, where it pays that those that run there move away; else None. occupied: by
+        slot."""
         k = min(len(sizes), MOST)
         free = (~occupied).nonzero()[0][:k].tolist()
-        if k < 2 or len(free) < k or free[-1] - free[0] == k - 1:
+        if k < 2 or len(free) < k:
             return None
         top = max(int(occupied.nonzero()[0][-1]), free[-1]) + 1
         in_the_way = np.convolve(occupied[:top], np.ones(k, dtype=np.int64), "valid")
         first = int(in_the_way.argmin())
-        together, _ = self._grouped([0] * k, sizes[:k], cost)
+        by_size = sorted(range(k), key=sizes.__getitem__)
+        together, _ = self._grouped([0] * k, [sizes[i] for i in by_size], cost)
         alone = sum(self._seconds(1, size, cost) for size in sizes[:k])
         if alone - together <= in_the_way[first] * self._stream_seconds:
             return None
-        return range(first, first + k)
+        return [first + by_size.index(i) for i in range(k)]
 
     def _seconds(self, k: int, size: int, cost: StepCost) -> float:
         return cost.predict(k * size, k * size, 0, k)

@@ -119,7 +119,7 @@ class StepBuilder:
         window = self.neighbours.window([*newcomers.values()], occupied, self.cost)
         if window is None:
             return ()
-        cache.next_slots = list(window)
+        cache.next_slots = window
         return self._moved([entry for entry in running.ids.values() if entry.slot in window])
 
     def _ends(self, id: int, n: int) -> bool:

@@ -65,7 +65,7 @@ def test_two_groups_that_are_as_long() -> None:
     """Four come side by side. Together, and filled up, they had more rows than a call may."""
     prompts = [*random_prompts(6, seed=5, shortest=4, longest=9)]
     longer = random_prompts(4, seed=6, shortest=30, longest=31)
-    prompts += [one[:n] for one, n in zip(longer, (30, 10, 30, 10), strict=True)]
+    prompts += [one[:n] for one, n in zip(longer, (26, 10, 26, 26), strict=True)]
     budgets = [LONG, *[SHORT] * 4, LONG, *[10] * 4]
     alone = [solos("llama", [p], n)[0] for p, n in zip(prompts, budgets, strict=True)]
     how: dict[str, Any] = {"n_seq_max": 6, "n_ctx": 1536, "kv_unified": False, "policy": "fcfs"}

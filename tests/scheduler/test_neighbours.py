@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import KvOptions, Limits, PromptChunk, Scheduler, Step
-from pyllamabatch.scheduler.neighbours import MOST, Neighbours
+from pyllamabatch.scheduler.neighbours import Neighbours
 from tests.support.made_up_costs import Linear
 
 LIMITS = Limits(256, 256, 8, n_cells=8 * 300, n_cells_seq=300, unified=False, fills=True)
@@ -37,7 +37,7 @@ def filled(chunks: dict[int, int], cost: Linear, start: int = 0) -> dict[int, in
         ({1: 10, 2: 60, 3: 55}, 20, [0, 0, 5]),
         ({1: 60, 2: 55, 4: 30, 5: 31}, 20, [0, 5, 1, 0]),
         ({1: 100, 2: 95, 3: 80}, 99, [0, 5, 0]),  # a call has 248 rows beside those that decode
-        ({0: 9, 1: 9, 2: 9, 3: 9, 4: 8}, 99, [0, 0, 0, 0, 0]),
+        ({**dict.fromkeys(range(8), 9), 8: 8}, 99, [0] * 9),  # eight at a time
     ],
 )
 def test_a_chunk_is_filled_up_where_that_costs_less_than_a_call(
@@ -89,20 +89,20 @@ def test_a_stream_has_no_room_for_more_rows_than_cells() -> None:
     assert filled({1: 50, 2: 20}, Linear(99.0, 1.0), 251) == {1: 0, 2: 0}
 
 
-def window(occupied: list[int], sizes: list[int], stream_seconds: float = 0.0) -> range | None:
+def window(occupied: list[int], sizes: list[int], stream_seconds: float = 0.0) -> list[int] | None:
     by_slot = np.array([slot in occupied for slot in range(8)])
     return neighbours(stream_seconds=stream_seconds).window(sizes, by_slot, Linear(20.0, 1.0))
 
 
 def test_newcomers_get_slots_in_a_row() -> None:
-    assert window([0, 2, 4, 5, 6, 7], [50, 50]) == range(2)  # the one in slot 0 moves to slot 3
-    assert window([0, 1, 2, 3, 6, 7], [50, 50]) is None  # they are in a row anyway
-    assert window([0, 2, 3, 6, 7], [50, 50]) == range(4, 6)  # none has to move
+    assert window([0, 2, 4, 5, 6, 7], [50, 50]) == [0, 1]  # the one in slot 0 moves to slot 3
+    assert window([0, 2, 3, 6, 7], [50, 50]) == [4, 5]  # none has to move
+    assert window([0, 2, 3, 7], [50, 20, 40]) == [6, 4, 5]  # similar ones are neighbours
     assert window([0, 2, 4, 5, 6, 7], [50]) is None
     assert window([0, 2, 4, 5, 6, 7], [50, 10]) is None  # 40 rows more for a call less
-    assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=19.0) == range(2)
+    assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=19.0) == [0, 1]
     assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=20.0) is None
-    assert window([0, 2], [50] * 6) == range(1, 1 + MOST)  # no higher than need be
+    assert window([0, 2], [50] * 5) == [1, 2, 3, 4, 5]  # no higher than need be
 
 
 def test_not_where_prompts_are_computed_apart() -> None:
