@@ -269,7 +269,7 @@ class EngineCore:
             computed += run.seconds
         drafting = self.scheduler.drafting
         if drafting is not None:
-            drafting.turned(perf_counter() - began - computed)
+            drafting.turned(perf_counter() - began - computed, prompts=bool(step.chunks))
 
     def _take_commands(self) -> None:
         """Do what other threads have asked for, and what the clock does."""

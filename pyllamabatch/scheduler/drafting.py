@@ -191,7 +191,7 @@ class Drafting:
         self.looked = False  # for the next step
         self._cut = False  # it is planned because the one before was to go on for so long only
         self._n_changes = 0  # when it was planned
-        self._turn = 0.0  # seconds of Python for a step without a look
+        self._turn = 0.0  # seconds of Python for a step of decoding without a look
 
     @property
     def due(self) -> bool:
@@ -208,15 +208,18 @@ class Drafting:
         self._cut = self.looked and n_changes == self._n_changes
         self._n_changes, self.looked = n_changes, False
 
-    def turned(self, seconds: float) -> None:
-        """What was done for that step took so long, beside the step itself. All of it is lost where
-        nothing has changed since drafts were looked at: without a drafter what came before would
-        have gone on. Else what it takes longer than such a turn does without a look."""
-        lost = seconds
-        if not self._cut:
-            lost = max(0.0, seconds - self._turn) if self.looked else 0.0
-            if not self.looked:
-                self._turn += (seconds - self._turn) * (_LEARNED if self._turn else 1.0)
+    def turned(self, seconds: float, *, prompts: bool) -> None:
+        """What was done for that step, which has rows of prompts or not, took so long beside the
+        step itself. All of it is lost where nothing has changed since drafts were looked at: what
+        came before would have gone on without a drafter. Else what it takes longer than a turn for
+        decoding does without a look."""
+        lost = 0.0
+        if self._cut:
+            lost = seconds
+        elif self.looked:
+            lost = max(0.0, seconds - self._turn)
+        elif not prompts:
+            self._turn += (seconds - self._turn) * (_LEARNED if self._turn else 1.0)
         self._gained -= lost
         self.credit -= lost
 
@@ -337,8 +340,7 @@ class Drafting:
         not known. And to bring a draft model to where these are."""
         begin = 0.0
         if self._begins():
-            known = _TRIAL * plain if self._move is None else 2 * self._move
-            begin = min(known, LOSS * LATELY / 2)
+            begin = _TRIAL * plain if self._move is None else 2 * self._move
         if self.limits.drafts_catch_up:
             begin += self._smaller * self._prompts(slots, cost)
         return begin

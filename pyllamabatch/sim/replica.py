@@ -280,7 +280,7 @@ class SimulatedReplica:
             self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
         self.scheduler.advance(step, n, None if call.steps is None else end, drafted)
         if drafting is not None:
-            drafting.turned(self.spec.overhead)
+            drafting.turned(self.spec.overhead, prompts=bool(step.chunks))
         done: list[int] = []
         if call.steps is not None and step.drafts:
             done = self._take_drafted(step, ends, call.steps)

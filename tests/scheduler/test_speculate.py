@@ -252,6 +252,8 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
     slots, owner = np.array([0], np.int32), np.array([1])
     shares, timed = np.tile(np.array(BAD), (8, 1)), np.bincount([1], minlength=9)
     total, lost, passed, steps = 0.0, 0.0, 0, 20
+    drafting.planned(-1)
+    drafting.turned(100 * look, prompts=True)  # that tells nothing of others
     for i in range(3000):
         drafting.planned(i * changes)
         more, steps = steps < 20, 20
@@ -269,7 +271,7 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
                               steps * timed, timed * seconds)  # fmt: skip
             drafting.observe(slots, owner, drafted, steps, 100, HALF)
         turn = look if drafting.looked else 0.6 * look
-        drafting.turned(turn)
+        drafting.turned(turn, prompts=False)
         needed = 0.0 if more and not changes else 0.6 * look
         lost, total = lost + turn - needed, total + seconds + turn
     assert 0.7 * LOSS * total < lost < LOSS * (total + ADVANCE) + look
