@@ -45,6 +45,9 @@ class PromptReports:
         if not self._open:
             return None
         self._open = False
+        if self._n_told < 0:  # the first token came before who asked
+            times = self._stream.times()
+            self._put(PromptProgress(times.n_prompt, times.n_cached, times.n_cached, 0.0))
         if self._blocked is not None:
             return self._end_behind(self._blocked)
         return self._write_end()
@@ -71,6 +74,9 @@ class PromptReports:
         is_writing = self._blocked is not None and not self._blocked.done()
         if not self._open or is_writing or progress.n_computed <= self._n_told:  # it was preempted
             return
+        self._put(progress)
+
+    def _put(self, progress: PromptProgress) -> None:
         self._n_told = progress.n_computed
         blocked = self._write(progress)
         self._blocked = None if blocked is None else asyncio.ensure_future(blocked)

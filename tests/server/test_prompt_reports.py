@@ -1,13 +1,19 @@
 """llama-server's `return_progress` and `timings_per_token`, in every interface that has them."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from pyllamabatch.engine.results import PromptProgress
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.results import Chunk, PromptProgress, TimesSoFar
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server.prompt_reports import PromptReports
+from tests.support.engines import held
 from tests.support.served import Served, serving
 
 N_BATCH = 32
@@ -28,10 +34,25 @@ def narrow(embedded_model: Model) -> Iterator[Served]:
         yield served
 
 
+@contextmanager
+def heard(engine: Engine) -> Iterator[None]:
+    """Nothing is computed before the server listens."""
+    listen = Stream.on_prompt
+    with held(engine, 0) as go_on, pytest.MonkeyPatch.context() as patch:
+
+        def on_prompt(stream: Stream, callback: Callable[[PromptProgress], None]) -> None:
+            listen(stream, callback)
+            go_on.set()
+
+        patch.setattr(Stream, "on_prompt", on_prompt)
+        yield
+
+
 @pytest.mark.parametrize("path", INTERFACES)
 def test_a_stream_tells_how_far_its_prompt_is(narrow: Served, path: str) -> None:
     body = INTERFACES[path] | FEW | {"return_progress": True, "timings_per_token": True}
-    events = [event for event in narrow.events(path, body) if event != "[DONE]"]
+    with heard(narrow.engine):
+        events = [event for event in narrow.events(path, body) if event != "[DONE]"]
     told = [event for event in events if "prompt_progress" in event]
     seen = [event["prompt_progress"] for event in told]
     assert len(seen) > 2
@@ -93,3 +114,61 @@ def test_who_asks_late_hears_nothing_behind_the_first_token(narrow: Served) -> N
     assert times.n_generated >= 1
     assert times.ttft_s is not None
     assert times.ttft_s <= times.e2el_s
+
+
+def test_a_prompt_that_was_computed_before_is_told_from_its_first_row(narrow: Served) -> None:
+    stream, told = narrow.engine.submit(LONG), list[PromptProgress]()
+    next(iter(stream))
+
+    async def late() -> None:
+        assert PromptReports(stream, told.append).end() is None
+
+    asyncio.run(late())
+    stream.cancel()
+    n = stream.n_prompt
+    assert [(one.n_prompt, one.n_computed) for one in told] == [(n, stream.n_cached), (n, n)]
+    assert told[0].seconds == 0 < told[1].seconds
+
+
+def test_a_slow_reader_gets_the_newest_and_the_last_one_before_the_first_token() -> None:
+    written: list[Any] = []
+
+    class Prompt:
+        """Of ten tokens, none of which was cached."""
+
+        def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
+            self.callback = callback
+
+        def tell(self, n: int) -> None:
+            self.callback(PromptProgress(10, 0, n, n / 100))
+
+        def times(self) -> TimesSoFar:
+            return TimesSoFar(10, 0, 1, 1.0, 1.25, 9.0)
+
+    async def read() -> None:
+        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def write(progress: PromptProgress) -> asyncio.Future[None] | None:
+            written.append(progress.n_computed)
+            return free if len(written) == 2 else None
+
+        prompt = Prompt()
+        reports = PromptReports(prompt, write)  # type: ignore[arg-type]
+        take = reports.before(lambda chunk: written.append(chunk.text))
+        for n in (0, 2, 4, 6, 3):
+            prompt.tell(n)
+            await asyncio.sleep(0)
+        blocked = take(Chunk("first", 0, 1))
+        assert blocked is not None
+        waits = asyncio.ensure_future(blocked)
+        await asyncio.sleep(0)
+        assert written == [0, 2]
+        free.set_result(None)
+        await waits
+        assert take(Chunk("next", 1, 2)) is None
+        prompt.tell(8)
+        await asyncio.sleep(0)
+        assert reports.end() is None
+
+    asyncio.run(read())
+    assert written == [0, 2, 10, "first", "next"]
