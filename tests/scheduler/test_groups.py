@@ -77,8 +77,8 @@ def joined(
 
 def test_a_newcomer_waits_for_the_next_one() -> None:
     assert joined() == 0
-    assert joined(n=2) == 0  # for a third: 23 sequences would gain 10 / 6 ms each, in 20 ms
-    assert joined(n=3) == 3  # 24 would gain 10 / 12 ms
+    assert joined(n=2) == 0  # for a third: 23 sequences would gain 10 / 9 ms each, in 20 ms
+    assert joined(n=3) == 3  # 24 would gain 10 / 18 ms
     assert joined(n=2, every=0.04) == 2
 
 
@@ -95,8 +95,8 @@ def test_not_where_it_gains_nothing() -> None:
 
 def test_none_waits_for_long() -> None:
     assert joined(every=1.1 * HOLD_SECONDS) == 1
-    assert joined(9.03, cost=Calls(4e-3)) == 0  # 22 sequences would gain 2 ms each
-    assert joined(9.05, cost=Calls(4e-3)) == 1  # the next one is late
+    assert joined(9.025, cost=Calls(4e-3)) == 0  # 22 sequences would gain 4 / 3 ms each
+    assert joined(9.035, cost=Calls(4e-3)) == 1  # the next one is late
     policy = ComposedPolicy(admit=InGroups(when_it_fits))
     since, longest = 0.0, 0.0
     for i in range(3000):  # there is always one that came just now

@@ -160,9 +160,9 @@ def test_a_first_token_in_streams_does_not_wait_for_those_that_decode(name: str)
 )
 def test_newcomers_wait_for_each_other_where_a_call_is_dear(profile: str, gain: float) -> None:
     cost = CostModel.fit(shipped_profile(profile), unified=False, n_ubatch=2048)
-    load = draw("closed:clients=48,n=384,prompt=100-400,output=32-224", 1)
+    load = draw("closed:clients=64,n=640,prompt=100-400,output=32-224", 1)
     spec = EngineSpec.of(
-        cost, n_seq_max=48, n_cells=48 * 1024, n_ubatch=2048, unified=False, prefix_cache=False
+        cost, n_seq_max=64, n_cells=64 * 1024, n_ubatch=2048, unified=False, prefix_cache=False
     )
     apart, now = (simulate(load, spec, p).summary() for p in (f"{DEFAULT}:hold=0", DEFAULT))
     if gain == 1:
