@@ -11,6 +11,7 @@ from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
 from pyllamabatch.cli.command import sigterm_as_ctrl_c
+from pyllamabatch.errors import ArgumentError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with sigterm_as_ctrl_c():
             return run(options)
-    except ToolError as error:
+    except (ToolError, ArgumentError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import profile_machine, traffic
+from bench.__main__ import main
 from bench.policies import COUNTED
 from pyllamabatch.scheduler.policies import DEFAULT
 from tests.bench.conftest import Run
@@ -38,6 +39,15 @@ def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
         table = traffic.view([replace(r, detail=r.detail | seen) for r in records])
         assert (f"fast.json: 3 steady | {speed} (" in table) == counts
         assert (speed in table) == counts
+
+
+def test_an_unknown_machine_is_an_error_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["traffic", "--machine", "m0", "--streams", "2"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("bench: machine='m0': a profile: ")
+    assert "\n" not in said
 
 
 def test_its_targets_compare_calm_runs() -> None:
