@@ -6,6 +6,7 @@ newcomers are rare: each joins at once."""
 
 from math import isinf
 
+from ...errors import number
 from ..padding import comes_behind
 from ..policy import Admit, PlanBuilder, Verdict
 from ..view import SequenceView
@@ -29,13 +30,13 @@ class InGroups:
     w is the mean time between newcomers lately, or the time since the last one, if that is longer:
     one that is late by some time is expected to be late by as much again. The first one waits for
     `hold` seconds at most, and not into the time that two such steps take before the first token
-    of any is due (`ttft_target`). One object serves one engine."""
+    of any is due (`ttft_target`). ArgumentError below 0. One object serves one engine."""
 
     __slots__ = ("_every", "_joined", "_since", "fits", "hold")
 
     def __init__(self, fits: Admit, hold: float = HOLD_SECONDS) -> None:
         self.fits = fits
-        self.hold = hold
+        self.hold = number("hold", hold, 0)
         self._every = self._longest  # seconds between newcomers
         self._joined = 0.0  # when the last ones did
         self._since: float | None = None  # when the first one of these could have
