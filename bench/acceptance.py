@@ -9,8 +9,12 @@ rounding, so that the acceptance is what was asked for on any device.
 The engines that draft answer for `--learn` seconds before they are measured: it is about one that
 has run for a while. It has forgotten the answers themselves. All arms compute the texts before each
 run; `watches` knows what drafts would be, and never has any: what it loses is no decision's loss.
+
+Each run has an engine of its own. On a GPU two that are alike differ by some percent as long as
+they live: pairs of runs of the same two would tell more of these than of drafts.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +26,7 @@ import numpy as np
 
 from bench.case import I32, Case, Measured
 from bench.serve import ServeArm
-from bench.serving import EngineClients
+from bench.serving import Tool
 from bench.speculates import EngineSpeculates
 from bench.targets import Target, speed_ratio
 from pyllamabatch.engine.drafters import Ngram
@@ -125,8 +129,14 @@ class Known(EngineSpeculates):
 def arms(model: Model, learn: float) -> list[ServeArm]:
     """learn: seconds of decoding."""
 
-    def engine(case: Case, *, drafts: bool, **options: Any) -> EngineClients:
-        return Known(case, model, drafts=drafts, learn=learn, options=options)
+    def engine(case: Case, *, drafts: bool, **options: Any) -> Measured:
+        one = Known(case, model, drafts=drafts, learn=learn, options=options)
+        with contextlib.closing(one):
+            one.warm_up()
+            return one.run(0)
+
+    def each_time(case: Case, **how: Any) -> Tool:
+        return Tool(case, partial(engine, **how))
 
     includes = "Engine in this process, a thread for each reader; no HTTP"
     never = replace(device_aware(), speculate=ByGain(inf))
@@ -135,4 +145,4 @@ def arms(model: Model, learn: float) -> list[ServeArm]:
         WATCHES: {"drafts": True, "policy": never},
         KNOWS: {"drafts": True},
     }
-    return [ServeArm(name, includes, partial(engine, **each)) for name, each in how.items()]
+    return [ServeArm(name, includes, partial(each_time, **each)) for name, each in how.items()]

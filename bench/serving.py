@@ -151,7 +151,7 @@ class HttpClients(Clients):
 
 
 class Tool:
-    """A tool of llama.cpp that times itself: a process for each run."""
+    """What times itself and begins anew with each run, as a tool of llama.cpp that is a process."""
 
     pids: tuple[int, ...] = ()
 

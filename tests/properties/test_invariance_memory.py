@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.errors import UnsupportedOperation
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import loaded
@@ -174,6 +174,28 @@ def test_a_state_that_was_rolled_back_is_copied(first: int) -> None:
                 logits = sequences.feed(OTHER[1:3], pos=len(whole) - 2, seq=seq)
                 got = sequences.greedy(logits, pos=len(whole), seq=seq)
                 assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_was_rolled_back_and_removed_is_no_more_in_the_way(copied: bool) -> None:
+    """A copy takes its place, or other tokens, before any decode has made it whole."""
+    with raw_model(gguf_path("lfm2")) as oracle:
+        sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
+        memory = sequences.memory
+        with sequences.context:
+            logits = sequences.feed(OTHER, seq=1)
+            sequences.feed(PROMPT)
+            memory.seq_rm(0, len(PROMPT) - 2)
+            if copied:
+                with pytest.raises(ArgumentError, match="remove that first"):
+                    memory.seq_cp(1, 0)
+            memory.seq_rm(0)
+            if copied:
+                memory.seq_cp(1, 0)
+            else:
+                logits = sequences.feed(OTHER)
+            got = sequences.greedy(logits, pos=len(OTHER))
+        assert_same(got, solo(oracle, OTHER, N_TOKENS), tolerance("lfm2"))
 
 
 def test_a_state_that_was_moved_has_no_snapshots() -> None:
