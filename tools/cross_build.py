@@ -32,8 +32,12 @@ LLAMA = ROOT / "vendor" / "llama.cpp"
 EMBEDDED = ROOT / "pyllamabatch" / "models" / "default.gguf"
 ZIG = [sys.executable, "-m", "ziglang"]
 UNOPTIMISED = "-O0 -g0 -fno-sanitize=all"  # zig adds a sanitizer where nothing is optimised
+# zig compiles its own libraries in two thirds of the time for what is linked to be small.
+UNOPTIMISED_LINKS = "-Os -Wl,--no-gc-sections"
 # The oldest macOS, which the wheel's name tells, too.
 MACOS = re.findall(r'MACOSX_DEPLOYMENT_TARGET = "(.+)"', (ROOT / "pyproject.toml").read_text())[0]
+# What zig adds to a library and shows: new and delete, and where a Mac's begins.
+OF_ZIG = re.compile(r"_+(Z[nd][wla]\w*|dso_handle|mh_dylib_header)")
 EMULATED_ROWS = "100"  # that native/tests/test_fused.cpp compares
 QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
 WINE = ("/usr/lib/wine/wine64",)
@@ -78,7 +82,7 @@ TARGETS = {
             "x86_64-windows-gnu",
             "Windows",
             "AMD64",
-            "-target x86_64-windows-gnu -mcpu=x86_64_v3",
+            "-target x86_64-windows-gnu -mcpu=x86_64_v3 -Wno-unused-command-line-argument",
             run=WINE,
             wheel="win-amd64",
         ),
@@ -170,9 +174,9 @@ def python_interface() -> tuple[set[str], set[str]]:
     return functions, data
 
 
-def windows_links(folder: Path) -> dict[str, object]:
-    """What libraries and modules are linked with: `WINDOWS_EXPORTS`, and Python's stable interface,
-    in python3.dll."""
+def windows_links(folder: Path, flags: str) -> dict[str, object]:
+    """What libraries and modules are linked with: `flags`, `WINDOWS_EXPORTS`, and Python's stable
+    interface, in python3.dll."""
     functions, data = python_interface()
     names = [*functions, *(f"{name} DATA" for name in data)]
     definition, library = folder / "python3.def", folder / "python3.lib"
@@ -186,8 +190,11 @@ def windows_links(folder: Path) -> dict[str, object]:
     # CMake takes a library that does not end with .dll for a static one, which needs what this
     # machine's Python is linked with.
     subprocess.run([*ZIG, "ar", "rc", str(folder / "libdl.a")], check=True)
-    flags = ("CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS")
-    return {"Python_SABI_LIBRARY": library, **dict.fromkeys(flags, f"{exports} -L{folder}")}
+    kinds = ("CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS")
+    return {
+        "Python_SABI_LIBRARY": library,
+        **dict.fromkeys(kinds, f"{flags} {exports} -L{folder}"),
+    }
 
 
 def no_bundles(folder: Path) -> dict[str, object]:
@@ -206,7 +213,9 @@ def toolchain(target: Target, optimised: bool = True) -> Path:
     folder = place(target, optimised)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "toolchain.cmake"
+    links = "" if optimised else UNOPTIMISED_LINKS
     settings = {
+        **({} if optimised else unoptimised()),
         "CMAKE_SYSTEM_NAME": target.system,
         "CMAKE_SYSTEM_PROCESSOR": target.processor,
         **(gnu_commands(*target.gnu) if target.gnu and optimised else zig_commands(target, folder)),
@@ -214,7 +223,7 @@ def toolchain(target: Target, optimised: bool = True) -> Path:
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
-        **(windows_links(folder) if target.system == "Windows" else {}),
+        **(windows_links(folder, links) if target.system == "Windows" else {}),
         **(no_bundles(folder) if target.system == "Darwin" else {}),
         "PLB_BUILD_TESTS": "ON",
         # The machine that compiles is not the one that runs; Apple's frameworks are on a Mac only.
@@ -223,6 +232,16 @@ def toolchain(target: Target, optimised: bool = True) -> Path:
     lines = [f'set({name} "{value}" CACHE STRING "" FORCE)' for name, value in settings.items()]
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def unoptimised() -> dict[str, object]:
+    kinds = (f"CMAKE_{kind}_LINKER_FLAGS" for kind in ("EXE", "SHARED", "MODULE"))
+    languages = ("CMAKE_C_FLAGS", "CMAKE_CXX_FLAGS")
+    return {
+        **dict.fromkeys(kinds, UNOPTIMISED_LINKS),
+        **dict.fromkeys(languages, UNOPTIMISED),
+        **dict.fromkeys((f"{name}_DEBUG" for name in languages), ""),
+    }
 
 
 def gnu_commands(prefix: str, flags: str) -> dict[str, object]:
@@ -272,7 +291,6 @@ def built(target: Target, optimised: bool, jobs: int) -> bool:
     else:
         beside = Path(__file__).with_suffix(".cmake")
         configure += ["-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_PROJECT_pyllamabatch_INCLUDE={beside}"]
-        configure += [f"-DCMAKE_{language}_FLAGS_DEBUG={UNOPTIMISED}" for language in ("C", "CXX")]
     if shutil.which("ccache"):
         configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("C", "CXX")]
     build = ["cmake", "--build", str(folder), "--parallel", str(jobs)]
@@ -286,7 +304,7 @@ def built(target: Target, optimised: bool, jobs: int) -> bool:
 
 def resolved(target: Target, optimised: bool) -> bool:
     """Each symbol that a library or the module needs is in another of them, in the system's or in
-    the stable interface of Python; and the module has Python's entry."""
+    the stable interface of Python; and of ours the module shows Python's entry alone."""
     import lief
 
     lief.logging.disable()  # it warns of what zig's linker leaves empty
@@ -300,6 +318,8 @@ def resolved(target: Target, optimised: bool) -> bool:
     python = {under + name for names in python_interface() for name in names}
     entry = f"{under}PyInit__native"
     wrong = [] if entry in shown[module.name] else [f"{module.name} exports no {entry}"]
+    beyond = {name for name in shown[module.name] - {entry} if not OF_ZIG.fullmatch(name)}
+    wrong += [f"{module.name} exports {symbol}" for symbol in sorted(beyond)]
     for name, binary in binaries.items():
         lacking = unbound(binary) - known - (python if name == module.name else set())
         wrong += [f"{name} needs {symbol}" for symbol in sorted(lacking)]
