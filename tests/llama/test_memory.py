@@ -5,14 +5,16 @@ What a sequence gives afterwards is in tests/properties/test_invariance_memory.p
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pyllamabatch import Batch, Context
+from pyllamabatch import Batch, Context, Model
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from tests.support.decoding import loaded
 from tests.support.models_gguf import SLIDING_WINDOW, Architecture
+from tests.support.models_special import write_deepseek4
 
 N = 60  # longer than gemma3's window
 TOKENS = [10 + 7 * i % 400 for i in range(N)]
@@ -135,6 +137,18 @@ def test_no_state_is_loaded_where_a_copy_waits() -> None:
         context.memory.clear()
         decode(context, [5, 6, 7], 0, 2)
         assert (decode(context, [4], 3, 2) == expected).all()
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
+def test_a_copy_has_compressed_keys_too(tmp_path: Path, kv_unified: bool) -> None:
+    write_deepseek4(tmp_path / "model.gguf")
+    tokens = [10 + 7 * i % 400 for i in range(300)]
+    made = partial(Context, n_threads=1, n_ctx=2048, n_seq_max=2, kv_unified=kv_unified)
+    with Model(tmp_path / "model.gguf") as model, made(model) as context:
+        decode(context, tokens, 0, 0)
+        context.memory.seq_cp(0, 1)
+        source, copy = (decode(context, NEXT, len(tokens), seq) for seq in (0, 1))
+        np.testing.assert_array_equal(copy, source)
 
 
 def test_bf16_keys_are_not_shifted() -> None:

@@ -1,6 +1,6 @@
 """Tiny GGUF files of other kinds than `models_gguf`'s: a table of positions (gpt2), an encoder
 (bert), layers that predict further tokens (mimo2, glm4moe, and behind recurrent ones qwen35),
-and a LoRA for a model of `models_gguf`."""
+compressed keys (deepseek4), and a LoRA for a model of `models_gguf`."""
 
 import functools
 from pathlib import Path
@@ -244,6 +244,97 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
         }
         if i == n_layer - 1:
             layer |= _predicts(w, 4 * writes)
+        tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    _end(writer, w, tensors)
+
+
+def write_deepseek4(path: Path) -> None:
+    """Three layers with keys of single tokens, of four and of 128 together: the last two beside
+    a window, and libllama does not say which cells of theirs are in use."""
+    ratios, width, low, n_lanes, wide_index = (0, 4, 128), N_EMBD, N_EMBD // 2, 4, 2 * N_EMBD
+    writer, w = _writer(path, "deepseek4", len(ratios)), Weights(8)
+    _decoder(writer)
+    writer.add_context_length(16 * N_CTX_TRAIN)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_sliding_window(SLIDING_WINDOW)
+    writer.add_expert_count(N_EXPERT)
+    writer.add_expert_used_count(N_EXPERT_USED)
+    writer.add_expert_feed_forward_length(N_FF_EXPERT)
+    writer.add_expert_shared_count(1)
+    for name, value in {
+        "attention.q_lora_rank": low,
+        "attention.output_lora_rank": low,
+        "attention.output_group_count": 2,
+        "attention.indexer.head_count": N_HEAD,
+        "attention.indexer.key_length": wide_index,  # as wide as a head it is divided by zero
+        "attention.indexer.top_k": 64,
+        "hyper_connection.count": n_lanes,  # no other number is computed
+        "hyper_connection.sinkhorn_iterations": 3,
+        "hash_layer_count": 0,
+        "expert_gating_func": 4,
+    }.items():
+        writer.add_uint32(f"deepseek4.{name}", value)
+    for name, number in {
+        "attention.compress_rope_freq_base": ROPE_BASE,
+        "hyper_connection.epsilon": 1e-6,
+        "expert_weights_scale": 1.0,
+        "swiglu_clamp_exp": 10.0,
+    }.items():
+        writer.add_float32(f"deepseek4.{name}", number)
+    writer.add_bool("deepseek4.expert_weights_norm", True)
+    writer.add_array("deepseek4.attention.compress_ratios", list(ratios))
+
+    def lanes(name: str, n_out: int, n_scales: int) -> dict[str, FloatArray]:
+        return {
+            f"{name}_fn.weight": w.matrix(n_out, n_lanes * N_EMBD),
+            f"{name}_base.weight": w.around(0.0, n_out),
+            f"{name}_scale.weight": np.ones(n_scales, np.float32),
+        }
+
+    def compressor(name: str, width: int, ratio: int) -> dict[str, FloatArray]:
+        wide = width * (2 if ratio == 4 else 1)
+        return {
+            f"{name}_kv.weight": w.matrix(wide, N_EMBD),
+            f"{name}_gate.weight": w.matrix(wide, N_EMBD),
+            f"{name}_ape.weight": w.matrix(ratio, wide),
+            f"{name}_norm.weight": w.around(1.0, width),
+        }
+
+    tensors = {"token_embd.weight": w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))}
+    tensors |= lanes("output_hc", n_lanes, 1)
+    for i, ratio in enumerate(ratios):
+        layer = {
+            "attn_norm.weight": w.around(1.0, N_EMBD),
+            "attn_sinks.weight": w.around(0.0, N_HEAD),
+            "attn_q_a.weight": w.matrix(low, N_EMBD),
+            "attn_q_a_norm.weight": w.around(1.0, low),
+            "attn_q_b.weight": w.matrix(N_HEAD * width, low, gain=1.6),
+            "attn_kv.weight": w.matrix(width, N_EMBD, gain=1.6),
+            "attn_kv_a_norm.weight": w.around(1.0, width),
+            "attn_output_a.weight": w.matrix(2 * low, N_HEAD * width // 2),
+            "attn_output_b.weight": w.matrix(N_EMBD, 2 * low),
+            **lanes("hc_attn", (2 + n_lanes) * n_lanes, 3),
+            **lanes("hc_ffn", (2 + n_lanes) * n_lanes, 3),
+            "ffn_norm.weight": w.around(1.0, N_EMBD),
+            "ffn_gate_inp.weight": w.matrix(N_EXPERT, N_EMBD, gain=3.0),
+            "exp_probs_b.bias": w.around(0.0, N_EXPERT),
+            "ffn_gate_exps.weight": w.matrix(N_EXPERT, N_FF_EXPERT, N_EMBD),
+            "ffn_up_exps.weight": w.matrix(N_EXPERT, N_FF_EXPERT, N_EMBD),
+            "ffn_down_exps.weight": w.matrix(N_EXPERT, N_EMBD, N_FF_EXPERT),
+            "ffn_gate_shexp.weight": w.matrix(N_FF_EXPERT, N_EMBD),
+            "ffn_up_shexp.weight": w.matrix(N_FF_EXPERT, N_EMBD),
+            "ffn_down_shexp.weight": w.matrix(N_EMBD, N_FF_EXPERT),
+        }
+        if ratio:
+            layer |= compressor("attn_compressor", width, ratio)
+        if ratio == 4:
+            layer |= {
+                "indexer.proj.weight": w.matrix(N_HEAD, N_EMBD),
+                "indexer.attn_q_b.weight": w.matrix(N_HEAD * wide_index, low),
+                **compressor("indexer_compressor", wide_index, ratio),
+            }
         tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
     _end(writer, w, tensors)
 
