@@ -59,7 +59,7 @@ class Neighbours:
         free = (~occupied).nonzero()[0][:k].tolist()
         if k < 2 or len(free) < k:
             return None
-        top = max(int(occupied.nonzero()[0][-1]), free[-1]) + 1
+        top = max(*occupied.nonzero()[0].tolist(), *free) + 1
         in_the_way = np.convolve(occupied[:top], np.ones(k, dtype=np.int64), "valid")
         first = int(in_the_way.argmin())
         by_size = sorted(range(k), key=sizes.__getitem__)

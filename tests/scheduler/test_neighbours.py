@@ -103,6 +103,8 @@ def test_newcomers_get_slots_in_a_row() -> None:
     assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=19.0) == [0, 1]
     assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=20.0) is None
     assert window([0, 2], [50] * 5) == [1, 2, 3, 4, 5]  # no higher than need be
+    assert window([], [50, 20]) is None  # nothing runs
+    assert window([], [50, 20, 45]) == [2, 0, 1]
 
 
 def test_not_where_prompts_are_computed_apart() -> None:

@@ -171,3 +171,13 @@ def test_newcomers_wait_for_each_other_where_a_call_is_dear(profile: str, gain: 
     assert now["tokens_per_s"] >= gain * apart["tokens_per_s"]
     assert now["e2el_mean"] <= apart["e2el_mean"] / gain
     assert now["ttft_p99"] <= 1.1 * apart["ttft_p99"]
+
+
+def test_two_prompts_that_are_cached_begin_on_an_idle_device() -> None:
+    """Their last rows have slots in a row, though nothing runs that could be in the way."""
+    cost = CostModel.fit(shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False)
+    spec = EngineSpec.of(cost, n_seq_max=8, n_cells=8 * 1024, unified=False)
+    prompt = ((7, 100),)
+    load = [TraceRequest(i, at, 100, 5, prompt, 5) for i, at in ((1, 0.0), (2, 5.0), (3, 5.0))]
+    found = simulate(load, spec, DEFAULT).outcomes
+    assert [o.n_output for o in found] == [5, 5, 5]
