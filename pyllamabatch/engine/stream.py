@@ -190,7 +190,8 @@ class Stream:
     def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
         """`callback(progress)` is called when the request has its first slot, and behind each step
         that computes a part of its prompt, but the last one, which gives its first token. By the
-        engine's own thread: it must be quick, and may not ask the stream."""
+        engine's own thread: it must be quick, and may not ask the stream. What it raises is logged,
+        and it is not called again."""
         with self._lock:
             self._prompt_callback = callback
             if self._admitted_at is not None:
@@ -338,8 +339,13 @@ class Stream:
     def _tell_prompt(self, n: int, now: float) -> None:
         """`n` tokens of it are computed."""
         call, began = self._prompt_callback, self._admitted_at
-        if call is not None and began is not None and self._first_at is None:
+        if call is None or began is None or self._first_at is not None:
+            return
+        try:
             call(PromptProgress(self.n_prompt, self.n_cached, n, now - began))
+        except Exception:
+            log.exception("a prompt callback of request %d failed", self.id)
+            self._prompt_callback = None
 
     def _leave_column(self) -> None:
         if self._page is not None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.engine.detokenizer import Pieces, TextFeed
+from pyllamabatch.engine.results import PromptProgress
 from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import KvCacheFull
 from pyllamabatch.step.ring_reader import Page
@@ -150,6 +151,24 @@ def test_callbacks_are_called_once_and_may_fail(caplog: pytest.LogCaptureFixture
     made.add_done_callback(lambda s: called.append("late"))
     assert called == ["first True", "third", "late"]
     assert "a done callback of request 1 failed" in caplog.text
+
+
+def test_a_prompt_callback_that_fails_is_not_called_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, seen = stream(), list[int]()
+
+    def once(progress: PromptProgress) -> None:
+        seen.append(progress.n_computed)
+        raise ValueError(progress)
+
+    made.on_prompt(once)
+    made._admitted(0)
+    made._prompt_computed(1)
+    assert seen == [0]
+    made.on_prompt(once)  # by the caller's own thread
+    assert seen == [0, 0]
+    assert caplog.text.count("a prompt callback of request 1 failed") == 2
 
 
 def test_text_can_be_read_at_any_time() -> None:

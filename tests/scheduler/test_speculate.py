@@ -143,6 +143,13 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
         assert decided(price, 1, found=found, **own) == ({}, 1, None)
 
 
+def test_nothing_is_repaid_where_a_step_without_drafts_is_longer_than_a_target() -> None:
+    limits = replace(LIMITS, drafts_take_time=True, drafts_catch_up=True)
+    facts: dict[str, Any] = {"limits": limits, "n_seen": [1]}
+    assert decided(half, 1, begin=0.01, **facts)[0] == {0: 4}
+    assert decided(half, 1, begin=0.01, itl_target=0.012, **facts)[0] == {}
+
+
 def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
     moving = replace(LIMITS, drafts_move_sampling=True)
 

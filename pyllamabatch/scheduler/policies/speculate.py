@@ -83,7 +83,9 @@ def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int
     hope: what those take, beside what the cost model says."""
     n, width = len(drafts.ids), drafts.width
     plain = float(prices.seconds[width])
-    best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
+    if plain <= 0:  # even such a step is longer than an ITL target
+        return 0, ASKED
+    best = (1 + prices.gain) * n / plain
     if prices.begin:  # as much as that has to be gained before the answers end
         left = float(drafts.n_left.mean()) * plain
         repaid = 1 - REPAID * prices.begin / left
