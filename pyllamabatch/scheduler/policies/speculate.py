@@ -27,7 +27,8 @@ class ByGain:
     matches are right more often than short ones. Others are asked for as they were right lately, a
     number that was not timed yet for a few steps at first. Those that keep the sampling off the
     device begin with one step, which shows what the move takes, and go on as long as they give more
-    than without. No step takes longer than an ITL target."""
+    than without. No step takes longer than an ITL target. Where it is not paid for
+    to look at drafts (`StepView.drafts_due`), plans are as if there were no drafter."""
 
     gain: float = 0.1
 
