@@ -58,7 +58,7 @@ class ThreadWatch:
         not known. Returns whether another one like it may go on without `begin`."""
         choice = self._choice(call)
         if choice is not None and run.n_drafted:
-            choice.give_up(run.seconds / run.n_steps)
+            self._pay(choice.give_up(run.seconds / run.n_steps, run.seconds), perf_counter())
         elif choice is not None and run.n_steps:
             window = choice.took(run.n_steps, run.seconds, own)
             if window is not None:
@@ -71,14 +71,20 @@ class ThreadWatch:
         if choice.other:
             lost = choice.compared(each)
             if lost is not None:
-                begins = max(now, self._trial_at) if lost > 0 else now
-                self._trial_at = begins + max(SOON, lost / COST)
+                if lost <= 0:
+                    self._trial_at = now + SOON
+                self._pay(lost, now)
                 self._misled &= lost > 0
         elif due or (share < LESS and not self._misled):
             self._misled = not due
             if due:
                 self._trial_at = now + SOON
             choice.compare(each)
+
+    def _pay(self, lost: float, now: float) -> None:
+        """The next trial is as far away as these seconds of the last one have it."""
+        if lost > 0:
+            self._trial_at = max(now, self._trial_at) + max(SOON, lost / COST)
 
     def _wanted(self, choice: ThreadChoice | None) -> tuple[int, int]:
         if choice is None or choice.n_now == choice.n_most:
@@ -134,13 +140,16 @@ class ThreadChoice:
             self.each = each
         return each, share
 
-    def give_up(self, each: float) -> None:
+    def give_up(self, each: float, seconds: float) -> float:
         """A trial whose next steps, of `each` seconds, can't be compared with those before. Another
-        one follows."""
+        one follows. Seconds that were lost: all that a window took that has no other to compare."""
         self.each = each
-        if self.other:
-            self.other = 0
-            self._begin_window()
+        if not self.other:
+            return 0.0
+        lost = max(0.0, self._lost()) + (self.n_now != self.n) * (self.seconds + seconds)
+        self.other = 0
+        self._begin_window()
+        return lost
 
     def _begin_window(self) -> None:
         self.n_done, self.seconds, self.own = 0, 0.0, 0.0
@@ -166,6 +175,10 @@ class ThreadChoice:
             log.debug("%d threads in place of %d: %s", self.other, self.n, self.times)
             self.n = self.other
         else:
-            lost = WINDOW * sum(each - min(mine) for each in others)
+            lost = self._lost()
         self.other = 0
         return lost
+
+    def _lost(self) -> float:
+        mine = min(self.times[::2])
+        return WINDOW * sum(each - mine for each in self.times[1::2])

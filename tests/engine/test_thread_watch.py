@@ -135,6 +135,13 @@ def test_a_trial_ends_where_drafts_begin(machine: Machine) -> None:
     assert not machine.watch.tries
 
 
+def test_trials_that_drafts_end_cost_no_more(machine: Machine) -> None:
+    for at_once in (3, 16):
+        drafted = [5 * (i % 8 > 0) for i in range(4000)]
+        shares = [machine.compute(0.1, at_once=at_once, drafted=n).get(N, 0) for n in drafted]
+        assert 0.98 < sum(shares) / len(shares) < 1
+
+
 def test_a_call_that_goes_on_ends_where_threads_change(machine: Machine) -> None:
     step = decodes(1)
     machine.watch.begin(step, 1)
