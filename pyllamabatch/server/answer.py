@@ -192,10 +192,14 @@ class EventStream(Response):
             await self._service.followers.follow(stream, taker)
             result = stream.wait(0)
             self._service.metrics.ended(result)
-            if (error := failure(result)) is not None:
+            error = failure(result)
+            if reports is not None:
+                too_late = result.finish_reason == "deadline" and result.ttft_s is None
+                blocked = reports.close() if error is not None or too_late else reports.end()
+                if blocked is not None:
+                    await blocked
+            if error is not None:
                 raise error
-            if reports is not None and (blocked := reports.end()) is not None:
-                await blocked
         finally:
             if reports is not None:
                 reports.close()

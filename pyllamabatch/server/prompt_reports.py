@@ -36,9 +36,10 @@ class PromptReports:
 
         return taken
 
-    def close(self) -> None:
-        """Nothing is written any more."""
+    def close(self) -> Awaitable[None] | None:
+        """Nothing is written any more. Returns what is awaited before others write."""
         self._open = False
+        return self._blocked
 
     def end(self) -> Awaitable[None] | None:
         """The prompt is computed: the last report, unless it is written already."""

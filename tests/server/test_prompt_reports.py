@@ -89,6 +89,15 @@ def test_an_empty_answer_ends_with_the_whole_prompt(narrow: Served) -> None:
     assert seen[0]["cache"] > N_BATCH
 
 
+def test_a_prompt_whose_time_is_over_is_not_told_as_computed(narrow: Served) -> None:
+    body = {"prompt": "E" + LONG, "timeout": 0.05, "return_progress": True} | FEW
+    with held(narrow.engine, 0):
+        events = narrow.events("/completion", body)
+    seen = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert all(one["processed"] < one["total"] for one in seen)
+    assert events[-1]["tokens_predicted"] == 0
+
+
 def test_each_choice_has_its_own(narrow: Served) -> None:
     body = {"prompt": [LONG + "a", LONG + "bc"], "return_progress": True} | FEW
     events = narrow.events("/completion", body)
@@ -97,8 +106,8 @@ def test_each_choice_has_its_own(narrow: Served) -> None:
     for i in range(2):
         mine = [event for event in events if event["index"] == i]
         assert mine[0]["prompt_progress"]["processed"] == mine[0]["prompt_progress"]["cache"]
-        ends = [e for e in mine if e.get("prompt_progress", {}).get("processed") == len(LONG)]
-        assert len(ends) <= 1
+        seen = [event["prompt_progress"] for event in mine if "prompt_progress" in event]
+        assert sum(one["processed"] == one["total"] for one in seen) == 1
         assert "prompt_progress" not in mine[-1]
 
 
@@ -130,20 +139,21 @@ def test_a_prompt_that_was_computed_before_is_told_from_its_first_row(narrow: Se
     assert told[0].seconds == 0 < told[1].seconds
 
 
+class Prompt:
+    """Of ten tokens, none of which was cached."""
+
+    def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
+        self.callback = callback
+
+    def tell(self, n: int) -> None:
+        self.callback(PromptProgress(10, 0, n, n / 100))
+
+    def times(self) -> TimesSoFar:
+        return TimesSoFar(10, 0, 1, 1.0, 1.25, 9.0)
+
+
 def test_a_slow_reader_gets_the_newest_and_the_last_one_before_the_first_token() -> None:
     written: list[Any] = []
-
-    class Prompt:
-        """Of ten tokens, none of which was cached."""
-
-        def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
-            self.callback = callback
-
-        def tell(self, n: int) -> None:
-            self.callback(PromptProgress(10, 0, n, n / 100))
-
-        def times(self) -> TimesSoFar:
-            return TimesSoFar(10, 0, 1, 1.0, 1.25, 9.0)
 
     async def read() -> None:
         free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -172,3 +182,29 @@ def test_a_slow_reader_gets_the_newest_and_the_last_one_before_the_first_token()
 
     asyncio.run(read())
     assert written == [0, 2, 10, "first", "next"]
+
+
+def test_what_a_slow_reader_still_gets_comes_before_an_early_end() -> None:
+    written: list[int] = []
+
+    async def read() -> None:
+        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def write(progress: PromptProgress) -> asyncio.Future[None]:
+            written.append(progress.n_computed)
+            return free
+
+        prompt = Prompt()
+        reports = PromptReports(prompt, write)  # type: ignore[arg-type]
+        prompt.tell(4)
+        await asyncio.sleep(0)
+        blocked = reports.close()
+        assert blocked is not None
+        prompt.tell(6)
+        await asyncio.sleep(0)
+        free.set_result(None)
+        await blocked
+        assert reports.end() is None
+
+    asyncio.run(read())
+    assert written == [4]
