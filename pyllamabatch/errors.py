@@ -78,6 +78,11 @@ class NotEnoughMemory(ContextCreateError):
         self.needed, self.available = needed, available
 
 
+class CellsUnavailable(ContextCreateError):
+    """An engine gave the memory of its cells up and can't have it back now. It goes on: the next
+    request may find it."""
+
+
 class QueueFull(PyllamabatchError):
     """The waiting queue is full: `max_waiting` requests wait. Nothing was submitted."""
 

@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
 
-from ..errors import ContextCreateError, PyllamabatchError, SamplingError, decode_error
+from ..errors import (
+    CellsUnavailable,
+    ContextCreateError,
+    PyllamabatchError,
+    SamplingError,
+    decode_error,
+)
 from ..kv import SwapSpace
 from ..scheduler import Scheduler, Step
 from ..step.stepper import Finish
@@ -185,16 +191,17 @@ class EngineCore:
             self._shrunk = True
             self.scheduler.drop_cached()
 
-    def _grow(self) -> ContextCreateError | None:
+    def _grow(self) -> CellsUnavailable | None:
         """The cells that were given up are there again. Returns why not, where the next request may
         find them."""
         if not self._shrunk:
             return None
         problem = self._device.states.grow()
         self._shrunk = problem is not None
-        if problem is not None:
-            log.warning("the cells that were given up can't be had again yet: %s", problem)
-        return problem
+        if problem is None:
+            return None
+        log.warning("the cells that were given up can't be had again yet: %s", problem)
+        return CellsUnavailable(str(problem))
 
     def fail(self, error: BaseException) -> None:
         """The engine ends because of this."""

@@ -14,14 +14,14 @@ from starlette.responses import Response
 
 from ..errors import (
     ArgumentError,
+    CellsUnavailable,
     ChatParseError,
     ChatTemplateError,
     ClosedError,
-    ContextCreateError,
     EngineDraining,
     GrammarError,
-    KvCacheFull,
     NoCandidate,
+    NotEnoughMemory,
     PyllamabatchError,
     QueueFull,
     RequestTooLong,
@@ -106,7 +106,7 @@ def of(error: BaseException) -> ApiError:
             return ApiError(429, message, "rate_limit_error", code="queue_full")
         case EngineDraining() | ClosedError():
             return ApiError(503, message, "unavailable_error", code="draining")
-        case ContextCreateError() | KvCacheFull():  # now: others may free some
+        case CellsUnavailable() | NotEnoughMemory():  # now: others may free some
             return ApiError(503, message, "unavailable_error", code="out_of_memory")
         case UnsupportedOperation():
             return ApiError(501, message, "not_supported_error")

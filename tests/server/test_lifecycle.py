@@ -21,6 +21,7 @@ from pyllamabatch.server.app import create_app
 from pyllamabatch.server.errors import of
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import held
+from tests.support.faults import set_fault
 from tests.support.served import (
     ANSWER,
     ENDLESS,
@@ -182,7 +183,10 @@ def test_what_has_no_cells_now_may_come_again(
 ) -> None:
     """An engine that gave its cells up, and does not get them back: others may free some."""
     with serving(embedded_model) as small:
-        monkeypatch.setattr(small.engine._core, "_grow", lambda: ContextCreateError("no memory"))
+        core = small.engine._core
+        states = core._device.states
+        monkeypatch.setattr(core, "_shrunk", True)
+        monkeypatch.setattr(states, "grow", lambda: ContextCreateError("no memory"), raising=False)
         for path, body in ((TEXT, {"prompt": SUM}), (CHAT, SUM_CHAT)):
             response = small.post(path, body)
             assert response.status_code == 503
@@ -195,5 +199,21 @@ def test_what_has_no_cells_now_may_come_again(
         assert small.ok(CHAT, SUM_CHAT)["choices"][0]["message"]["content"] == ANSWER
 
 
-def test_a_batch_without_cells_is_no_fault_of_the_server() -> None:
-    assert of(KvCacheFull(1)).status == 503
+def test_what_ends_an_engine_is_logged_and_does_not_come_again(
+    embedded_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decode fails, and there is no fresh context."""
+    with serving(embedded_model) as small:
+        context = small.engine._stepper._context
+        assert context is not None
+        context._native.n_seq_max = 100_000  # libllama refuses
+        set_fault(small.engine._stepper, 1, -3, 0, 2)
+        error = small.refused(TEXT, {"prompt": SUM}, 500)
+        assert error["type"] == "server_error"
+        assert "no fresh context" in error["message"]
+        assert "a request failed" in caplog.messages
+
+
+def test_a_sequence_alone_that_finds_no_cells_is_a_bug() -> None:
+    """The accounting has them, so it was not refused before."""
+    assert of(KvCacheFull(1)).status == 500
