@@ -315,6 +315,8 @@ def calibrated(options: argparse.Namespace, model: Model, threads: dict[str, Any
             model, budget=options.calibrate, layouts=("unified",), beside=[o.pid for o in others],
             n_seq_max=N_SLOTS + 1, **threads,
         )  # fmt: skip
+        if any(one.poll() is not None for one in others):
+            raise ToolError("a process that should keep a core busy has ended meanwhile")
     finally:
         for one in others:
             one.kill()
@@ -347,14 +349,15 @@ def keeping_busy(options: argparse.Namespace, model: Model) -> subprocess.Popen[
 
 
 def keep_busy(path: str, **given: Any) -> None:
-    options, rng = argparse.Namespace(**given), random.Random(1)
+    """While the process that started this one lives."""
+    options, rng, parent = argparse.Namespace(**given), random.Random(1), os.getppid()
     threads = threads_of(options)
     with (
         Model(path, n_gpu_layers=options.gpu_layers) as model,
         Engine(model, kv_unified=True, **cells_of(options), **threads) as engine,
     ):
         print("begins", flush=True)
-        while True:
+        while os.getppid() == parent:
             prompts = [drawn(rng, options.prefix // 4) for _ in range(N_SLOTS)]
             engine.generate(prompts, SamplingParams(max_tokens=options.answer, ignore_eog=True))
 

@@ -162,7 +162,7 @@ class OtherLoad:
     """What other processes do to `n_threads` of this one's."""
 
     def __init__(self, n_threads: int, beside: Collection[int] = ()) -> None:
-        """`beside`: processes that are none of these."""
+        """`beside`: processes that are none of these, with as many threads each."""
         self._n_threads = n_threads
         self._beside = beside
         self._watch = OtherCores(beside)
@@ -172,7 +172,7 @@ class OtherLoad:
         hardly a core was idle. False where no CPU computes, and without psutil."""
         watch, self._watch = self._watch, OtherCores(self._beside)
         others = watch.used(doubt=2 * TICK_S)
-        room = 0.9 * usable_cores()
+        room = 0.9 * usable_cores() - self._n_threads * len(self._beside)
         return others > 0.2 * self._n_threads > 0 and others + self._n_threads > room
 
 

@@ -1,7 +1,11 @@
 """A fleet with common prefixes, but for the fleet itself: pytest -m ray tests/cluster."""
 
 import argparse
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +14,9 @@ from bench import routes
 from bench.__main__ import main
 from bench.case import Case
 from bench.routes import AFFINITY, LIVE, SIMULATED, TURN_BY_TURN
+from bench.tools import ToolError
+from pyllamabatch.cost.profile import Profile, shipped_profile
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.sim import EngineSpec
 from tests.support.made_up_costs import Linear
@@ -49,6 +56,42 @@ def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(routes, "spec_on", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="live-2-random"):
         main(["routes", "--model", "default", "--arms", "live-2-random"])
+
+
+def test_a_neighbour_that_ends_makes_no_profile(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    def brief(*_: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "print('begins')"]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    def calibrate(*_: object, **__: object) -> Profile:
+        started[-1].wait(60)
+        return shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m")
+
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(routes, "keeping_busy", brief)
+    monkeypatch.setattr(routes, "calibrate", calibrate)
+    with pytest.raises(ToolError, match="ended meanwhile"):
+        routes.calibrated(argparse.Namespace(replicas=2, calibrate=1.0), embedded_model, {})
+
+
+def test_a_neighbour_ends_with_the_process_that_started_it(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[int] = []
+
+    def generate(*_: object) -> None:
+        rounds.append(len(rounds))
+        assert len(rounds) < 5
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(os, "getppid", lambda: 7 if len(rounds) < 2 else 1)
+    routes.keep_busy(embedded_model.path, gpu_layers=0, threads=1, prefix=40, answer=16)
+    assert len(rounds) == 2
 
 
 def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:

@@ -255,6 +255,19 @@ def test_what_runs_beside_on_purpose_disturbs_nothing(monkeypatch: pytest.Monkey
     assert not ours.disturbs()
 
 
+def test_what_runs_beside_leaves_no_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is none of these has a core, of four."""
+
+    class Others:
+        def __init__(self, pids: Collection[int] = ()) -> None:
+            self.used = lambda doubt: 1.0
+
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.OtherCores", Others)
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.usable_cores", lambda: 4)
+    beside = [[], [7], [7, 8], [7, 8, 9]]
+    assert [OtherLoad(1, pids).disturbs() for pids in beside] == [False, False, True, True]
+
+
 def test_disturbed_steps_are_told() -> None:
     took = [Took(0.5, True), Took(0.2, True)]
     sample = ShapeTimings(took).sample(Shape(4, depth=8), True)
