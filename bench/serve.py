@@ -163,6 +163,7 @@ def our_server(case: Case) -> list[str]:
         "-c", str(case.n_ctx), "-np", str(case.pl), "-b", str(case.n_batch),
         "--kv-unified" if case.kv_unified else "--no-kv-unified",
         "-ub", str(case.n_ubatch), "-t", str(case.n_threads), "--no-prefix-cache",
+        "--speculate", "off",
     ]  # fmt: skip
     return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 

@@ -14,7 +14,7 @@ with all at once. The engine's arms differ in what a user would have to know:
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
 - engine-best: the best options known.
 - engine-invariant: with batch_invariant; nearly so on a GPU.
-- serve: `pyllamabatch serve` in a process of its own, without options, too.
+- serve: `pyllamabatch serve` in a process of its own, without options or drafts, too.
 
 The prefixes that others leave are of no use here: every prompt is another one.
 """
@@ -275,7 +275,7 @@ def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
         ),
         ServeArm(
             SERVE,
-            "Engine in a process of its own, no options; httpx clients, streamed",
+            "Engine in a process of its own, no options and no drafts; httpx clients, streamed",
             partial(server, name=SERVE),
         ),
         ServeArm(
@@ -292,7 +292,7 @@ def serve(case: Case, machine: str = "") -> list[str]:
     """`pyllamabatch serve` with a slot per client. machine: a profile machine instead."""
     command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST]
     command += ["--machine", machine] if machine else ["-m", str(case.model.path)]
-    command += ["-np", str(case.pl), "-t", str(case.n_threads)]
+    command += ["-np", str(case.pl), "-t", str(case.n_threads), "--speculate", "off"]
     return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 
 
