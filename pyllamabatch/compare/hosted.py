@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -151,9 +152,13 @@ def engine(model: Model, case: Case) -> Run:
         prompts = workload.prompts(case, model.n_vocab)
         policy.held = workload.protocol == BURST
 
-        def ask(k: int, i: int) -> Iterator[Token]:
+        def ask(k: int, i: int) -> Iterator[Token | int]:
             params = sampling_params(case.sampling, case.seed + i, workload.tokens)
-            yield from serving.submit(prompts[i], params)
+            stream = serving.submit(prompts[i], params)
+            # no other comes before all have their first one, whose text may need it
+            if stream.wait_for_tokens(1):
+                yield stream.tokens[0]
+            yield from islice(stream, 1, None)
 
         before = serving.stats()
         timings = ask_all(

@@ -148,6 +148,18 @@ class Stream:
         with self._lock:
             return [self._token(i) for i in range(start, stop)]
 
+    def wait_for_tokens(self, n: int) -> bool:
+        """Whether it has so many tokens, once it has them or has ended. Their text may not be
+        certain yet: half a character waits for its other half."""
+        with self._lock:
+            while True:
+                self._take()
+                if len(self._tokens) >= n or self._result is not None:
+                    return len(self._tokens) >= n
+                self._watch()
+                if not self._has_more():  # as in `_wait_for_more`
+                    self._more.wait()
+
     @property
     def done(self) -> bool:
         return self._result is not None

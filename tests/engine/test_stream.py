@@ -239,3 +239,20 @@ def test_a_stream_has_no_dict() -> None:
     """It would be slower for every token: CPython shares the keys of 30 attributes at most."""
     made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), Host(print, print), 0.0)
     assert not hasattr(made, "__dict__")
+
+
+def test_half_a_character_is_a_token_already() -> None:
+    made = stream()
+    with ThreadPoolExecutor(2) as threads:
+        one, two = (threads.submit(made.wait_for_tokens, n) for n in (1, 2))
+        text = iter(made.text_stream())
+        push(made, "é".encode()[:1])
+        while not one.done():  # it may have come to wait behind the push
+            push(made)
+        assert one.result()
+        assert not two.done()
+        push(made, "é".encode()[1:])
+        assert next(text) == "é"
+        made._finish("stop")
+        assert two.result()
+    assert not made.wait_for_tokens(3)
