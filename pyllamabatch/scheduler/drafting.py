@@ -189,7 +189,8 @@ class Drafting:
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
         self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
-        self._cut = False  # it is planned because the one before was to go on for so long only
+        self.cuts = False  # so that the one after it is planned sooner,
+        self._cut = False  # as the next step is
         self._n_changes = 0  # when it was planned
         self._turn = 0.0  # seconds of Python for a step of decoding without a look
 
@@ -205,16 +206,16 @@ class Drafting:
 
     def planned(self, n_changes: int) -> None:
         """The next step is about to be planned. n_changes: see `Sequences`."""
-        self._cut = self.looked and n_changes == self._n_changes
-        self._n_changes, self.looked = n_changes, False
+        self._cut = self.cuts and n_changes == self._n_changes
+        self._n_changes, self.looked, self.cuts = n_changes, False, False
 
     def turned(self, seconds: float, *, prompts: bool) -> None:
         """What was done for that step, which has rows of prompts or not, took so long beside the
-        step itself. All of it is lost where nothing has changed since drafts were looked at: what
-        came before would have gone on without a drafter. Else what it takes longer than a turn for
-        decoding does without a look."""
+        step itself. All of it is lost where nothing has changed since a look at drafts, and none
+        has joined: without a drafter, what came before would have gone on. Else what it takes
+        longer than a turn for decoding does without a look."""
         lost = 0.0
-        if self._cut:
+        if self._cut and not prompts:
             lost = seconds
         elif self.looked:
             lost = max(0.0, seconds - self._turn)

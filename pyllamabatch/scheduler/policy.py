@@ -179,16 +179,20 @@ class PlanBuilder:
         speculation: Speculation | None = None,
     ) -> Plan:
         empty = not (self.decode_all or self.tokens or self.preempt)
+        repeat = 1 if self.wake is not None else repeat
+        steps = None if speculation is None else speculation.steps
+        most = repeat if steps is None else min(repeat, steps)
         return Plan(
             self.tokens,
             tuple(self.preempt),
             self.decode_all,
             sit_out,
             self.reasons,
-            1 if self.wake is not None else repeat,
+            most,
             self.wake if empty else None,
             {} if speculation is None else speculation.drafts,
             None if speculation is None else speculation.prices,
+            most < repeat,
         )
 
 

@@ -292,6 +292,8 @@ class Scheduler:
             self.drafting.planned(sequences.n_changes)
         view = self.view(now)
         plan = self.policy.plan(view)
+        if self.drafting is not None:
+            self.drafting.cuts = plan.cut
         rows = check_plan(plan, view)
         nothing = not (rows.n_decodes or rows.others or plan.preempt)
         self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)

@@ -284,7 +284,8 @@ class Plan(NamedTuple):
       policy is asked again then, or as soon as a sequence comes or goes.
     - drafts: how many drafted tokens each sequence may add to each step, by id, in a plan of
       decoding alone; see `Drafts`. Those that turn out to be right are sampled in the same step.
-    - prices: how many of these each step has; None: all that are drafted."""
+    - prices: how many of these each step has; None: all that are drafted.
+    - cut: `repeat` is smaller than it would be without a look at drafts."""
 
     tokens: Mapping[int, int] = EMPTY
     preempt: tuple[int, ...] = ()
@@ -295,6 +296,7 @@ class Plan(NamedTuple):
     wake: float | None = None
     drafts: Mapping[int, int] = EMPTY
     prices: Prices | None = None
+    cut: bool = False
 
     def advances(self, view: StepView) -> dict[int, int]:
         """All sequences that have rows in this plan, by how many tokens they advance."""

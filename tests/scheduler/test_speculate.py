@@ -269,7 +269,7 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert (asked, most is None) == ({}, False)
-            steps = min(steps, 10)
+            steps, drafting.cuts = min(steps, 10), True
         seconds = steps * half(1)
         if drafting.passes(steps, seconds, asked=False):
             passed += 1
@@ -283,6 +283,35 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
         lost, total = lost + turn - needed, total + seconds + turn
     assert 0.7 * LOSS * total < lost < LOSS * (total + ADVANCE) + look
     assert passed > 2000
+
+
+@pytest.mark.parametrize(
+    ("steps", "prompts", "lost"), [(4, False, 1.0), (4, True, 0.0), (20, False, 0.0)]
+)
+def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
+    steps: int, prompts: bool, lost: float
+) -> None:
+    """Not where the plan had ended there anyhow, or where a newcomer that had waited joins."""
+    speculate = iter([Speculation({}, steps), Speculation({})])
+
+    def look(builder: PlanBuilder) -> Speculation:
+        assert builder.view.drafts is not None
+        speculation = next(speculate)
+        if speculation.steps:
+            builder.view.drafts()
+        return speculation
+
+    scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=look, repeat=9), cost=HALF)
+    scheduler.add(1, 1, 50, arrival=0.0)
+    drafting = scheduler.drafting
+    assert drafting is not None
+    for _ in range(3):  # its prompt, with a look, without
+        step = scheduler.plan(0.0)
+        assert step is not None
+        scheduler.advance(step)
+    credit = drafting.credit
+    drafting.turned(1.0, prompts=prompts)
+    assert credit - drafting.credit == lost
 
 
 def test_what_is_not_paid_for_is_not_looked_at() -> None:

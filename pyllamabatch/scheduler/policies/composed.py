@@ -78,9 +78,7 @@ class ComposedPolicy:
             repeat = min(repeat, steps)
         if self.speculate is None or builder.view.drafts is None or sit_out:
             return builder.plan(repeat, sit_out)
-        speculation = self.speculate(builder)
-        most = repeat if speculation.steps is None else min(repeat, speculation.steps)
-        return builder.plan(most, sit_out, speculation)
+        return builder.plan(repeat, sit_out, self.speculate(builder))
 
     def _decode(self, builder: PlanBuilder) -> None:
         n = len(builder.view.decoding)
