@@ -77,7 +77,6 @@ class Neighbours:
     ) -> tuple[float, list[range]]:
         """How neighbours are best grouped, in their order, and how long that takes."""
         limits = self._limits
-        rows = min(limits.n_ubatch, limits.n_batch - limits.n_seq_max)
         best: list[tuple[float, int]] = [
             (0.0, 0)
         ]  # of the first i, and where their last group begins
@@ -85,7 +84,10 @@ class Neighbours:
             found = (best[end - 1][0] + self._seconds(1, sizes[end - 1], cost), end - 1)
             for first in range(end - 2, max(-1, end - MOST - 1), -1):
                 size, k = max(sizes[first:end]), end - first
-                if k * size > rows or max(starts[first:end]) + size > limits.n_cells_seq:
+                if (
+                    k * size > limits.rows_together
+                    or max(starts[first:end]) + size > limits.n_cells_seq
+                ):
                     break
                 found = min(found, (best[first][0] + self._seconds(k, size, cost), first))
             best.append(found)

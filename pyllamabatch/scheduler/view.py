@@ -63,6 +63,11 @@ class Limits:
         return min(self.n_cells_seq, self.n_cells)
 
     @property
+    def rows_together(self) -> int:
+        """Of prompts that are filled up and computed together at most, those that fill included."""
+        return min(self.n_ubatch, self.n_batch - self.n_seq_max)
+
+    @property
     def even_rows(self) -> bool:
         """All sequences of a step with drafts have as many rows as the one with most."""
         return self.even or not self.unified

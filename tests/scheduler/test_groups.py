@@ -7,7 +7,7 @@ import pytest
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.scheduler import ComposedPolicy, Limits, Plan, SequenceView, StepView
 from pyllamabatch.scheduler.policies.groups import HOLD_SECONDS, InGroups
-from pyllamabatch.scheduler.policies.parts import when_it_fits
+from pyllamabatch.scheduler.policies.parts import soonest_due, when_it_fits
 
 LIMITS = Limits(512, 512, 32, 32 * 256, 256, unified=False, fills=True)
 N = 20  # sequences that decode
@@ -52,6 +52,15 @@ def plan(
     return policy.plan(StepView.of(limits, running, waiting, now=now, cost=cost))
 
 
+def expecting(every: float = 0.02) -> ComposedPolicy:
+    """Newcomers came `every` so many seconds until 9.0, and each joined at once."""
+    policy = ComposedPolicy(admit=InGroups(when_it_fits), order=soonest_due)
+    for i in range(99, 0, -1):
+        at = 9.0 - i * every
+        plan(policy, at, [SequenceView(1000 + i, at, 50)], None)
+    return policy
+
+
 def joined(
     now: float = 9.0,
     n: int = 1,
@@ -63,12 +72,8 @@ def joined(
     limits: Limits = LIMITS,
 ) -> int:
     """How many of n newcomers join, where others came `every` so many seconds until 9.0."""
-    policy = ComposedPolicy(admit=InGroups(when_it_fits))
-    for i in range(99, 0, -1):
-        at = 9.0 - i * every
-        plan(policy, at, newcomers(1, at), None)
     waiting = newcomers(n, 9.0, ttft_target)
-    answer = plan(policy, now, waiting, cost, decoding, limits)
+    answer = plan(expecting(every), now, waiting, cost, decoding, limits)
     if not answer.tokens:
         assert answer.decode_all
         assert answer.repeat == 1  # it is asked again at the next step
@@ -99,9 +104,10 @@ def test_none_waits_for_long() -> None:
     assert joined(9.035, cost=Calls(4e-3)) == 1  # the next one is late
     policy = ComposedPolicy(admit=InGroups(when_it_fits))
     since, longest = 0.0, 0.0
-    for i in range(3000):  # there is always one that came just now
+    for i in range(3000):  # there is always one that came just now, and is cancelled soon
         now = i / 1000
-        if plan(policy, now, newcomers(1, now), CALLS).tokens:
+        first, next_one = SequenceView(N, since, 50), SequenceView(N + 1 + i, now, 50)
+        if plan(policy, now, [first._replace(id=round(since * 1e6) + N), next_one], CALLS).tokens:
             longest, since = max(longest, now - since), now
     assert HOLD_SECONDS / 2 < longest <= HOLD_SECONDS
 
@@ -109,3 +115,57 @@ def test_none_waits_for_long() -> None:
 @pytest.mark.parametrize(("target", "n"), [(1.0, 0), (0.03, 0), (0.02, 1)])
 def test_a_first_token_that_is_due_is_not_late_for_it(target: float, n: int) -> None:
     assert joined(ttft_target=target) == n
+
+
+def one(
+    id: int, at: float = 9.0, n_prompt: int = 50, *, priority: int = 0, due: float | None = None
+) -> SequenceView:
+    target = None if due is None else due - at
+    return SequenceView(id, at, n_prompt, max_tokens=9, priority=priority, ttft_target=target)
+
+
+def test_each_target_counts_and_each_prompt() -> None:
+    assert not plan(expecting(), 9.0, [one(N, priority=1)], CALLS).tokens
+    assert (
+        len(plan(expecting(), 9.0, [one(N, priority=1), one(N + 1, due=9.02)], CALLS).tokens) == 2
+    )
+    wide = Limits(4096, 4096, 32, 32 * 4096, 4096, unified=False, fills=True)
+    both = [one(N, 8.999, 2, due=9.05), one(N + 1, n_prompt=1000, due=9.05)]
+    assert len(plan(expecting(), 9.0, both, CALLS, limits=wide).tokens) == 2
+    assert not plan(expecting(), 9.0, [*both[:1], one(N + 1)], CALLS, limits=wide).tokens
+
+
+@pytest.mark.parametrize(("seconds", "n"), [(1.0, 0), (0.03, 0), (0.02, 1)])
+def test_nor_does_a_deadline_pass(seconds: float, n: int) -> None:
+    waiting = [one(N)._replace(deadline=9.0 + seconds)]
+    assert len(plan(expecting(), 9.0, waiting, CALLS).tokens) == n
+
+
+def test_the_next_one_may_have_come_and_wait_for_a_slot() -> None:
+    """No other comes any more, but one of those that decode will end."""
+    waiting = [one(100 + i, 8.0) for i in range(20)]
+    answer = plan(expecting(), 9.0, waiting, CALLS, decoding=31)
+    assert answer.decode_all
+    assert not answer.tokens
+    assert len(plan(expecting(), 9.0, waiting[:1], CALLS, decoding=31).tokens) == 1
+
+
+def test_not_for_a_call_that_has_no_rows_for_both() -> None:
+    """Prompts are filled up to the longest one. A call has 480 rows beside those that decode."""
+    for n_prompt, n in ((160, 0), (161, 2)):
+        waiting = [one(N, n_prompt=10), one(N + 1, n_prompt=n_prompt)]
+        assert len(plan(expecting(0.01), 9.0, waiting, CALLS).tokens) == n
+    small = Limits(512, 90, 32, 32 * 256, 256, unified=False, fills=True)
+    assert joined(limits=small) == 1
+
+
+def test_each_waits_for_its_own_time() -> None:
+    policy = expecting()
+    assert not plan(policy, 9.0, [one(N)], CALLS).tokens
+    assert not plan(policy, 9.09, [one(N + 1, 9.09)], CALLS).tokens  # the one before is cancelled
+    policy = expecting()
+    both = [one(N), one(N + 1)]
+    assert not plan(policy, 9.0, both, CALLS).tokens
+    assert len(plan(policy, 9.09, both, CALLS).tokens) == 2
+    left = [both[1], one(N + 2, 9.09)]  # and has waited for as long
+    assert len(plan(policy, 9.09, left, CALLS).tokens) == 2

@@ -4,13 +4,15 @@ A call of prompts costs a GPU much before its first row, and it holds up all tha
 newcomers that follow each other soon join together. On a CPU a call costs what its rows cost, and
 newcomers are rare: each joins at once."""
 
-from math import isinf
+from collections.abc import Sequence
+from itertools import islice
+from math import inf, isinf
 
 from ...errors import number
 from ..padding import comes_behind
 from ..policy import Admit, PlanBuilder, Verdict
 from ..view import SequenceView
-from .parts import next_due
+from .parts import by_first_token, first_token_due
 from .width import measured
 
 HOLD_SECONDS = 0.1  # less than what a reader notices
@@ -21,16 +23,18 @@ class InGroups:
     """Admit those that `fits` admits, as soon as it is not worth to wait for the next newcomer.
 
     Say k could join now, as k of n sequences, n - k of which decode, and the next one is expected
-    in w seconds. P(k) is how much longer a step takes for the prompts of k. Joining together with
-    the next one, each newcomer costs all of them P(k) / k - P(k + 1) / (k + 1) less, and the first
-    one waits w longer. In seconds of sequences:
+    in w seconds. P(k) is how much longer a step takes for the prompts of k, each as long as the
+    longest of them. Joining together with the next one, each newcomer costs all of them
+    P(k) / k - P(k + 1) / (k + 1) less, and the first one waits w longer. In seconds of sequences:
 
         gain  SAVED * (n + 1) * (P(k) / k - P(k + 1) / (k + 1))      price  w
 
     w is the mean time between newcomers lately, or the time since the last one, if that is longer:
-    one that is late by some time is expected to be late by as much again. The first one waits for
-    `hold` seconds at most, and not into the time that two such steps take before the first token
-    of any is due (`ttft_target`). ArgumentError below 0. One object serves one engine."""
+    one that is late by some time is expected to be late by as much again. Where more wait than
+    could join, the next one has come, and w is the mean. Each waits for `hold` seconds at most, and
+    not into the time that two such steps take before the first token of any is due (`ttft_target`),
+    or its `deadline`. ArgumentError below 0. One object serves one engine, in a policy with the
+    order `soonest_due`."""
 
     __slots__ = ("_every", "_joined", "_since", "fits", "hold")
 
@@ -39,21 +43,23 @@ class InGroups:
         self.hold = number("hold", hold, 0)
         self._every = self._longest  # seconds between newcomers
         self._joined = 0.0  # when the last ones did
-        self._since: float | None = None  # when the first one of these could have
+        self._since: dict[int, float] = {}  # when each of these could have
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
         verdict = self.fits(builder, seq)
         if verdict is not Verdict.ADMIT or builder.admitted:
             return verdict
-        now, k = builder.view.now, min(len(builder.view.waiting), builder.slots)
-        since = now if self._since is None else self._since
-        if self._waits(builder, seq, k, now - since):
-            self._since = since
-            builder.ask_again(since + self.hold)
+        view, now = builder.view, builder.view.now
+        ready = (s for s in view.waiting.by(by_first_token) if not s.prefix.pending)
+        these = [*islice(ready, builder.slots)]
+        self._since = {s.id: self._since.get(s.id, now) for s in these}
+        until = min(self._since.values()) + self.hold
+        if self._waits(builder, these, until):
+            builder.ask_again(until)
             return Verdict.STOP
-        every = min((now - self._joined) / k, self._longest)
+        every = min((now - self._joined) / len(these), self._longest)
         self._every += (every - self._every) / 8
-        self._joined, self._since = now, None
+        self._joined = now
         return verdict
 
     @property
@@ -61,16 +67,22 @@ class InGroups:
         """Seconds between newcomers that are as good as for ever."""
         return 2 * self.hold
 
-    def _waits(self, builder: PlanBuilder, seq: SequenceView, k: int, waited: float) -> bool:
-        """seq: the first one, whose prompt is taken to be as long as the others'."""
-        view, cost, rows = builder.view, builder.view.cost, seq.remaining
+    def _waits(self, builder: PlanBuilder, these: Sequence[SequenceView], until: float) -> bool:
+        """Whether these, which could join now, wait for the next one."""
+        view, cost, limits, k = builder.view, builder.view.cost, builder.view.limits, len(these)
         decoding = len(view.decoding)
-        wait = max(self._every, view.now - next(reversed(view.waiting)).arrival)
-        if waited + wait >= self.hold or not decoding or len(view.prefilling) or not measured(cost):
+        wait = self._every
+        if len(view.waiting) == k:  # else the next one has come, and waits for a slot
+            wait = max(wait, view.now - next(reversed(view.waiting)).arrival)
+        if view.now + wait >= until or not decoding or len(view.prefilling) or not measured(cost):
             return False
-        limits = view.limits
-        together = limits.unified or (limits.fills and comes_behind(limits, cost, k + 1, decoding))
-        if not together or (k + 1) * rows > builder.rows:
+        most = builder.rows
+        if not limits.unified:
+            if not (limits.fills and comes_behind(limits, cost, k + 1, decoding)):
+                return False
+            most = min(most, limits.rows_together)
+        rows = max(seq.remaining for seq in these)
+        if (k + 1) * rows > most:
             return False
         kv = view.kv.attended
 
@@ -81,5 +93,5 @@ class InGroups:
         gain = (step(k) - alone) / k - (step(k + 1) - alone) / (k + 1)
         if SAVED * (decoding + k + 1) * gain <= wait:
             return False
-        _, due = next_due(view)
+        due = min(min(first_token_due(seq), seq.deadline or inf) for seq in these)
         return isinf(due) or due - view.now > 2 * step(k + 1)
