@@ -10,7 +10,7 @@ from ..llama.memory import copies_whole_only
 from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
-from .draft_feeds import feed_of
+from .draft_feeds import BATCH, feed_of
 from .drafters import Draft, Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
@@ -121,9 +121,9 @@ def make_scheduler(
     limits = limits_of(context, n_seq_max, n_draft, invariance)
     pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
     if n_draft:
-        how = {
+        how: dict[str, Any] = {
             "drafts_take_time": not isinstance(options.drafter, Ngram),
-            "drafts_catch_up": isinstance(options.drafter, Draft),
+            "drafts_catch_up": BATCH if isinstance(options.drafter, Draft) else 0,
             "behind": limits.behind and not isinstance(options.drafter, Mtp),
             "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
         }

@@ -253,7 +253,9 @@ class Drafting:
         """After a call of `n_steps` steps of these slots, whose sequences have these ids (+ 1) and
         attended `kv` cells on average. asked: it might have had drafts. cost: None for steps that
         tell nothing of what decoding takes."""
-        self._n_seen[slots] = self._n_seen[slots] * (self._owner[slots] == owner) + n_steps
+        mine = self._owner[slots] == owner
+        self._read[slots] *= mine
+        self._n_seen[slots] = self._n_seen[slots] * mine + n_steps
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
@@ -278,7 +280,7 @@ class Drafting:
                 agrees = times.observe(n_rows, n, ratio) or agrees
         if asked:
             if self.limits.drafts_catch_up:
-                self._caught_up(slots, drafted, cost)
+                self._caught_up(slots, drafted, n_steps, cost)
             self._spell += n_steps
             renewed = times is self.times and drafted.n_timed[width]
             self._n_asked = 0 if renewed else self._n_asked + n_steps
@@ -314,19 +316,26 @@ class Drafting:
         self.credit += gained
         self._fill(drafted.seconds)
 
-    def _prompts(self, slots: Slots, cost: StepCost) -> float:
-        """Seconds that it would take to compute what a draft model lacks of these, as a prompt."""
+    def _lacks(self, slots: Slots) -> npt.NDArray[np.int64]:
+        """Tokens that a draft model has to catch up with."""
         lacks = self._known[slots] - self._read[slots]
-        n = int(lacks[lacks > _IN_STEP].sum())
+        return lacks * (lacks > _IN_STEP)
+
+    def _prompt(self, n: int, slots: Slots, cost: StepCost) -> float:
+        """Seconds that it would take to compute `n` of these, as a prompt."""
         if not n or not self.times.knows(1, self.limits.n_seq_max):
             return 0.0
         return cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
 
-    def _caught_up(self, slots: Slots, drafted: Drafted, cost: StepCost) -> None:
-        said = self._prompts(slots, cost)
-        if drafted.catch_up and said:
-            self._smaller += (drafted.catch_up / said - self._smaller) / 4
-        self._read[slots] = self._known[slots] + drafted.taken[slots]
+    def _caught_up(self, slots: Slots, drafted: Drafted, n_steps: int, cost: StepCost) -> None:
+        known, lacks = self._known[slots], self._lacks(slots)
+        if drafted.catch_up:  # else there was nothing
+            read = np.minimum(lacks.cumsum(), n_steps * self.limits.drafts_catch_up)
+            said = self._prompt(int(read[-1]), slots, cost)
+            if said:
+                self._smaller += (drafted.catch_up / said - self._smaller) / 4
+            known = known - (lacks - np.diff(read, prepend=0))
+        self._read[slots] = known + drafted.taken[slots]
 
     def _is_calm(self, width: int) -> bool:
         """Steps of so many rows, or more, had time to be sampled on the device."""
@@ -343,7 +352,8 @@ class Drafting:
         if self._begins():
             begin = _TRIAL * plain if self._move is None else 2 * self._move
         if self.limits.drafts_catch_up:
-            begin += self._smaller * self._prompts(slots, cost)
+            n = int(self._lacks(slots).sum())
+            begin += self._smaller * self._prompt(n, slots, cost)
         return begin
 
     def _lingers(self) -> bool:

@@ -37,8 +37,9 @@ class Limits:
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
       before each step that may have them. drafts_catch_up: by a model, which has to compute what it
-      lacks of a sequence first. drafts_move_sampling: steps that may have them are sampled on the
-      host, others on the device. even: also in a pool all sequences of a step with drafts have the
+      lacks of sequences first, so many rows before a step at most; 0: no model.
+      drafts_move_sampling: steps that may have them are sampled on the host, others on the device.
+      even: also in a pool all sequences of a step with drafts have the
       same number of rows (`even_rows`)."""
 
     n_batch: int
@@ -53,7 +54,7 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False
-    drafts_catch_up: bool = False
+    drafts_catch_up: int = 0
     drafts_move_sampling: bool = False
     even: bool = False
 

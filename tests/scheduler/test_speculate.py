@@ -144,7 +144,7 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
 
 
 def test_nothing_is_repaid_where_a_step_without_drafts_is_longer_than_a_target() -> None:
-    limits = replace(LIMITS, drafts_take_time=True, drafts_catch_up=True)
+    limits = replace(LIMITS, drafts_take_time=True, drafts_catch_up=512)
     facts: dict[str, Any] = {"limits": limits, "n_seen": [1]}
     assert decided(half, 1, begin=0.01, **facts)[0] == {0: 4}
     assert decided(half, 1, begin=0.01, itl_target=0.012, **facts)[0] == {}
@@ -336,7 +336,7 @@ def test_what_is_not_paid_for_is_not_looked_at() -> None:
 
 
 def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
-    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=True), 8)
+    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=512), 8)
     slots, shares, left = np.array([0], np.int32), np.ones((8, 4)), np.array([90])
     prompt = half(200)  # seconds
 
@@ -372,6 +372,33 @@ def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
     longer = look(1, 408)
     assert longer > begin  # than was thought
     assert look(2, 200) == longer
+
+
+def test_a_draft_model_catches_up_by_so_many_rows_before_each_step() -> None:
+    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=100), 8)
+    slots, shares, timed = np.array([0, 1], np.int32), np.ones((8, 4)), np.bincount([2])
+    each = HALF.predict(100, 100, 50, 1) / 4
+
+    def look(first: int, *known: int) -> float:
+        ids, left = np.array([first, first + 1]), np.array([90, 90])
+        drafts = drafting.view(slots, ids, left, np.array(known), 0.0, HALF)
+        assert drafts.prices is not None
+        prices = drafts.prices()
+        assert prices is not None
+        return prices.begin
+
+    def call(first: int, catch_up: float, n: int, *, asked: bool = True) -> None:
+        drafted = Drafted(np.full(8, n), n, 0, 0, shares, shares, n * half(2) + catch_up,
+                          n * timed, n * timed * half(2), catch_up=catch_up)  # fmt: skip
+        drafting.observe(slots, np.array([first, first + 1]), drafted, n, 0, HALF, asked=asked)
+
+    for first in (1, 3, 5):
+        call(first, 0.0, 8, asked=False)
+        begins = [look(first, 300, 500)]
+        for n in (1, 1, 3, 2, 1):
+            call(first, n * each, n)
+            begins.append(look(first, 300, 500))
+        assert begins == pytest.approx([n * each for n in (8, 7, 6, 3, 1, 0)], rel=0.1)
 
 
 def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) -> tuple[float, int]:
