@@ -224,6 +224,13 @@ class Drafting:
         self._gained -= lost
         self.credit -= lost
 
+    def move(self, source: int, slot: int) -> None:
+        """The sequence in `source` goes on in `slot`."""
+        for by_slot in (
+            self._owner, self._n_seen, self._found, self._right, self._known, self._read
+        ):  # fmt: skip
+            by_slot[slot] = by_slot[source]
+
     def passes(self, n_steps: int, seconds: float, *, asked: bool) -> bool:
         """`n_steps` steps have decoded for so many seconds (0: that is not known), and might have
         had drafts or not (`asked`). Whether that is all to be told of them: else `observe` is."""

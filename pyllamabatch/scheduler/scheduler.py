@@ -302,7 +302,11 @@ class Scheduler:
         if plan.preempt:
             preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
         moved, admitted = self._admit(rows) if rows.others else ((), ())
-        return self._builder.build(plan, rows, preempted, admitted, moved)
+        step = self._builder.build(plan, rows, preempted, admitted, moved)
+        if self.drafting is not None:
+            for _, source, slot in step.moved:
+                self.drafting.move(source, slot)
+        return step
 
     def _become_pool(self) -> Step:
         """What runs is preempted, nothing stays cached, and streams become a pool."""

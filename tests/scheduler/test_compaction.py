@@ -1,10 +1,14 @@
 """Sequences in high slots go on in empty low ones, once the gaps between them have cost as much."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler.drafting import Drafted
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
@@ -60,6 +64,24 @@ def test_the_one_that_moved_knows_all_and_goes_on() -> None:
     for id in (6, 7):
         assert machine.tokens[id][: len(before[id])] == before[id]
         assert machine.scheduler.sequence(id).generated == machine.generated[id]
+
+
+def test_what_is_known_of_its_drafts_goes_with_it() -> None:
+    machine = machine_of(limits=replace(STREAMS, n_draft_max=2))
+    drafting, running = machine.scheduler.drafting, machine.scheduler.sequences.running
+    assert drafting is not None
+    slots, shares = running.decode_slots, np.arange(16.0).reshape(8, 2)
+    drafted = Drafted(slots, 6, 0, 0, shares, shares / 2, 0.1, np.zeros(9, int), np.zeros(9))
+    drafting.observe(slots, running.owner[slots], drafted, 5, 0.0, None)
+    while not machine.next_step().moved:
+        pass
+    seen = machine.scheduler.view(machine.now).drafts
+    assert seen is not None
+    drafts = seen()
+    assert drafts.ids == [7, 1, 2, 6, 4, 5]
+    assert drafts.n_seen.tolist() == [5] * 6
+    assert np.array_equal(drafts.found, shares[drafts.ids])
+    assert np.array_equal(drafts.right, shares[drafts.ids] / 2)
 
 
 def test_a_copy_that_costs_more_than_is_left_is_not_made() -> None:
