@@ -1,6 +1,6 @@
 """Newcomers that wait for the next one, so that their prompts are computed together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -169,3 +169,15 @@ def test_each_waits_for_its_own_time() -> None:
     assert len(plan(policy, 9.09, both, CALLS).tokens) == 2
     left = [both[1], one(N + 2, 9.09)]  # and has waited for as long
     assert len(plan(policy, 9.09, left, CALLS).tokens) == 2
+
+
+def test_no_more_join_than_are_computed_together() -> None:
+    """Of six that come at once: a new graph is worth that four sequences decode a step later."""
+    cost = Calls(new_graph=NewGraph(4.5 * 2.2e-3 / N))
+    for limits, n in ((LIMITS, 4), (replace(LIMITS, fills=False), 6)):
+        answer = plan(expecting(), 9.0, [one(N + i) for i in range(6)], cost, limits=limits)
+        assert len(answer.tokens) == n
+        assert answer.decode_all
+    for behind in (0.5, 1.5):  # none is computed together with another one
+        few = Calls(new_graph=NewGraph(behind * 2.2e-3 / N))
+        assert len(plan(expecting(), 9.0, [one(N + i) for i in range(6)], few).tokens) == 6

@@ -6,7 +6,8 @@ import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Scheduler
+from pyllamabatch.scheduler import ComposedPolicy, Invariance, KvOptions, Limits, Scheduler
+from pyllamabatch.scheduler.policies.device_aware import Alternately
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import STEP_SECONDS, Machine
 
@@ -59,11 +60,18 @@ def test_a_long_prompt_is_behind_also_while_its_end_is_far() -> None:
     assert sum(step.n_rows - len(step.decode) for step in steps) == 149
 
 
+def all_at_once(graph: float) -> Machine:
+    """Its newcomers join in one step, unlike the default's."""
+    policy = ComposedPolicy(mix=Alternately())
+    sharing = Sharing(copy_whole=True, trim=True)
+    return Machine(STREAMS, policy, cost=steps_of(graph), sharing=sharing)
+
+
 @pytest.mark.parametrize(("n_new", "n_moved"), [(2, 1), (3, 0)])
 def test_none_moves_away_for_newcomers_that_are_computed_apart(n_new: int, n_moved: int) -> None:
     """Four decode, one slot between each two. Prompts of three that end would make these wait
     longer than a graph takes: none is behind the rows that decode, and filled up."""
-    machine = Machine(STREAMS, cost=steps_of(5e-3), sharing=Sharing(copy_whole=True, trim=True))
+    machine = all_at_once(5e-3)
     for id in range(8):
         machine.add(id, 2, 40)
     machine.next_step()
@@ -79,7 +87,7 @@ def test_none_moves_away_for_newcomers_that_are_computed_apart(n_new: int, n_mov
 
 def test_prompts_that_would_wait_longer_together_than_a_graph_takes_come_first() -> None:
     """Each alone would be computed behind the others."""
-    machine = Machine(STREAMS, cost=steps_of(5e-3), sharing=Sharing(copy_whole=True, trim=True))
+    machine = all_at_once(5e-3)
     for id in range(4):
         machine.add(id, 2, 40)
     for _ in range(4):

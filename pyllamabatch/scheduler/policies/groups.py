@@ -11,7 +11,7 @@ from math import inf, isinf
 from ...errors import number
 from ..padding import comes_behind
 from ..policy import Admit, PlanBuilder, Verdict
-from ..view import SequenceView
+from ..view import SequenceView, StepView
 from .parts import by_first_token, first_token_due
 from .width import measured
 
@@ -33,8 +33,9 @@ class InGroups:
     one that is late by some time is expected to be late by as much again. Where more wait than
     could join, the next one has come, and w is the mean. Each waits for `hold` seconds at most, and
     not into the time that two such steps take before the first token of any is due (`ttft_target`),
-    or its `deadline`. ArgumentError below 0. One object serves one engine, in a policy with the
-    order `soonest_due`."""
+    or its `deadline`. Of those that join, no more are admitted in a step than are computed together
+    behind those that decode (`comes_behind`): with one more each would have a call of its own.
+    ArgumentError below 0. One object serves one engine, whose order is `soonest_due`."""
 
     __slots__ = ("_every", "_joined", "_since", "fits", "hold")
 
@@ -47,9 +48,13 @@ class InGroups:
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
         verdict = self.fits(builder, seq)
-        if verdict is not Verdict.ADMIT or builder.admitted:
+        if verdict is not Verdict.ADMIT:
             return verdict
-        view, now = builder.view, builder.view.now
+        view = builder.view
+        if k := len(builder.admitted):
+            together = k > 1 and behind(view, k)
+            return Verdict.STOP if together and not behind(view, k + 1) else verdict
+        now = view.now
         ready = (s for s in view.waiting.by(by_first_token) if not s.prefix.pending)
         these = [*islice(ready, builder.slots)]
         self._since = {s.id: self._since.get(s.id, now) for s in these}
@@ -78,7 +83,7 @@ class InGroups:
             return False
         most = builder.rows
         if not limits.unified:
-            if not (limits.fills and comes_behind(limits, cost, k + 1, decoding)):
+            if not behind(view, k + 1):
                 return False
             most = min(most, limits.rows_together)
         rows = max(seq.remaining for seq in these)
@@ -95,3 +100,11 @@ class InGroups:
             return False
         due = min(min(first_token_due(seq), seq.deadline or inf) for seq in these)
         return isinf(due) or due - view.now > 2 * step(k + 1)
+
+
+def behind(view: StepView, k: int) -> bool:
+    """Whether k prompts are computed together, behind those that decode."""
+    limits, cost = view.limits, view.cost
+    if cost is None or not limits.fills:
+        return False
+    return comes_behind(limits, cost, k, len(view.decoding))
