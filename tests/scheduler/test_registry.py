@@ -63,7 +63,7 @@ def test_options_are_those_of_the_function() -> None:
         ("slo:margin=0", r"margin=0.0: above 0"),
         ("mlfq:growth=0", r"growth=0: at least 1"),
         ("mlfq:patience=0", r"patience=0: at least 1 step"),
-        ("device-aware:hold=-1", r"hold=-1.0: must be at least 0"),
+        ("device-aware:group_wait=-1", r"group_wait=-1.0: must be at least 0"),
         ("prefix:patience=0", r"patience=0: at least 1 step"),
         ("fair:generated=0", r"generated=0.0: more than 0"),
         ("shortest:predict=4", r"predict=4: must be"),

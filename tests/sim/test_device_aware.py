@@ -164,7 +164,7 @@ def test_newcomers_wait_for_each_other_where_a_call_is_dear(profile: str, gain: 
     spec = EngineSpec.of(
         cost, n_seq_max=64, n_cells=64 * 1024, n_ubatch=2048, unified=False, prefix_cache=False
     )
-    apart, now = (simulate(load, spec, p).summary() for p in (f"{DEFAULT}:hold=0", DEFAULT))
+    apart, now = (simulate(load, spec, p).summary() for p in (f"{DEFAULT}:group_wait=0", DEFAULT))
     if gain == 1:
         assert now == apart  # to the last bit: none waits
         return

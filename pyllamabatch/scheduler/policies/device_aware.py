@@ -1,7 +1,7 @@
 """The default: as many tokens a second as the device gives, first tokens soon, no long stall.
 
 Prompts are computed as soon as they come: the sooner they are, the more sequences decode together;
-but a moment later and several at once where that costs less (`groups`).
+but a moment later and several at once where that costs less (`newcomers`).
 The one whose first token is due soonest goes first, as if each without a `ttft_target` were due ten
 seconds after its arrival, and nothing is computed beside one with a target that would make it late.
 A step takes no longer than `stall` seconds for that, or than the ITL target of a request that has
@@ -19,7 +19,7 @@ from ..padding import comes_behind
 from ..policy import Mix, PlanBuilder
 from ..view import StepView
 from .composed import ComposedPolicy
-from .groups import HOLD_SECONDS, InGroups
+from .newcomers import GROUP_WAIT_SECONDS, InGroups
 from .parts import (
     ALWAYS,
     STALL_SECONDS,
@@ -125,14 +125,14 @@ def device_aware(
     itl: float = 0.1,
     gain: float = 0.04,
     watermark: float = 0.01,
-    hold: float = HOLD_SECONDS,
+    group_wait: float = GROUP_WAIT_SECONDS,
 ) -> ComposedPolicy:
     """`stall`: seconds that a step may take for prompts while sequences without an ITL target
     decode. `itl`: see `Turns`. `gain`: see `Turns` and `PromptsSoon`. `watermark`: see
-    `WhenItFits`. `hold`: see `InGroups`."""
+    `WhenItFits`. `group_wait`: see `InGroups`."""
     return ComposedPolicy(
         order=soonest_due,
-        admit=InGroups(WhenItFits(watermark), hold),
+        admit=InGroups(WhenItFits(watermark), group_wait),
         budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall), gain)),
         chunk=half_for_targets,
         mix=Alternately(),

@@ -15,7 +15,7 @@ from ..view import SequenceView, StepView
 from .parts import by_first_token, first_token_due
 from .width import measured
 
-HOLD_SECONDS = 0.1  # less than what a reader notices
+GROUP_WAIT_SECONDS = 0.1  # less than what a reader notices
 SAVED = 2 / 3  # of what a call for two saves; rows that fill up the shorter prompt take the rest
 
 
@@ -31,17 +31,18 @@ class InGroups:
 
     w is the mean time between newcomers lately, or the time since the last one, if that is longer:
     one that is late by some time is expected to be late by as much again. Where more wait than
-    could join, the next one has come, and w is the mean. Each waits for `hold` seconds at most, and
-    not into the time that two such steps take before the first token of any is due (`ttft_target`),
-    or its `deadline`. Of those that join, no more are admitted in a step than are computed together
-    behind those that decode (`comes_behind`): with one more each would have a call of its own.
-    ArgumentError below 0. One object serves one engine, whose order is `soonest_due`."""
+    could join, the next one has come, and w is the mean. Each waits for `group_wait` seconds at
+    most, and not into the time that two such steps take before the first token of any is due
+    (`ttft_target`), or its `deadline`. Of those that join, no more are admitted in a step than are
+    computed together behind those that decode (`comes_behind`): with one more each would have a
+    call of its own. ArgumentError below 0. One object serves one engine, whose order is
+    `soonest_due`."""
 
-    __slots__ = ("_every", "_joined", "_since", "fits", "hold")
+    __slots__ = ("_every", "_joined", "_since", "fits", "group_wait")
 
-    def __init__(self, fits: Admit, hold: float = HOLD_SECONDS) -> None:
+    def __init__(self, fits: Admit, group_wait: float = GROUP_WAIT_SECONDS) -> None:
         self.fits = fits
-        self.hold = number("hold", hold, 0)
+        self.group_wait = number("group_wait", group_wait, 0)
         self._every = self._longest  # seconds between newcomers
         self._joined = 0.0  # when the last ones did
         self._since: dict[int, float] = {}  # when each of these could have
@@ -58,7 +59,7 @@ class InGroups:
         ready = (s for s in view.waiting.by(by_first_token) if not s.prefix.pending)
         these = [*islice(ready, builder.slots)]
         self._since = {s.id: self._since.get(s.id, now) for s in these}
-        until = min(self._since.values()) + self.hold
+        until = min(self._since.values()) + self.group_wait
         if self._waits(builder, these, until):
             builder.ask_again(until)
             return Verdict.STOP
@@ -70,7 +71,7 @@ class InGroups:
     @property
     def _longest(self) -> float:
         """Seconds between newcomers that are as good as for ever."""
-        return 2 * self.hold
+        return 2 * self.group_wait
 
     def _waits(self, builder: PlanBuilder, these: Sequence[SequenceView], until: float) -> bool:
         """Whether these, which could join now, wait for the next one."""

@@ -6,7 +6,7 @@ import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.scheduler import ComposedPolicy, Limits, Plan, SequenceView, StepView
-from pyllamabatch.scheduler.policies.groups import HOLD_SECONDS, InGroups
+from pyllamabatch.scheduler.policies.newcomers import GROUP_WAIT_SECONDS, InGroups
 from pyllamabatch.scheduler.policies.parts import soonest_due, when_it_fits
 
 LIMITS = Limits(512, 512, 32, 32 * 256, 256, unified=False, fills=True)
@@ -99,7 +99,7 @@ def test_not_where_it_gains_nothing() -> None:
 
 
 def test_none_waits_for_long() -> None:
-    assert joined(every=1.1 * HOLD_SECONDS) == 1
+    assert joined(every=1.1 * GROUP_WAIT_SECONDS) == 1
     assert joined(9.025, cost=Calls(4e-3)) == 0  # 22 sequences would gain 4 / 3 ms each
     assert joined(9.035, cost=Calls(4e-3)) == 1  # the next one is late
     policy = ComposedPolicy(admit=InGroups(when_it_fits))
@@ -109,7 +109,7 @@ def test_none_waits_for_long() -> None:
         first, next_one = SequenceView(N, since, 50), SequenceView(N + 1 + i, now, 50)
         if plan(policy, now, [first._replace(id=round(since * 1e6) + N), next_one], CALLS).tokens:
             longest, since = max(longest, now - since), now
-    assert HOLD_SECONDS / 2 < longest <= HOLD_SECONDS
+    assert GROUP_WAIT_SECONDS / 2 < longest <= GROUP_WAIT_SECONDS
 
 
 @pytest.mark.parametrize(("target", "n"), [(1.0, 0), (0.03, 0), (0.02, 1)])
