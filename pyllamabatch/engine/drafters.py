@@ -48,8 +48,8 @@ class Wanted(NamedTuple):
 
 class Drafter(Protocol):
     """One of your own. The engine's thread calls it between two steps, and the step waits for it:
-    its time counts in the decision whether drafts pay. What it raises is logged, and it is not
-    asked again.
+    what drafts gain has to pay for its time as well. Where that is not enough, it is seldom asked.
+    What it raises is logged, and it is not asked again.
 
     With a method `ended(id)` it hears that a request is over."""
 

@@ -401,10 +401,12 @@ def test_a_draft_model_catches_up_by_so_many_rows_before_each_step() -> None:
         assert begins == pytest.approx([n * each for n in (8, 7, 6, 3, 1, 0)], rel=0.1)
 
 
-def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) -> tuple[float, int]:
+def lost_by(
+    pace: Callable[[int], float], drafted_step: float, tokens: float, drafter: float = 0.0
+) -> tuple[float, int]:
     """Of one sequence whose drafts take time: the share of the time that it has lost in 3,000
     steps, and how many of these had drafts. pace: of the machine at each step; drafted_step: as
-    many times what one without takes, and gives so many tokens."""
+    many times what one without takes, and gives so many tokens. drafter: likewise, in Python."""
     limits = replace(LIMITS, drafts_take_time=True)
     drafting = Drafting(limits, 8)
     slots, owner, one = np.array([0], np.int32), np.array([1]), np.ones(1, np.int64)
@@ -427,6 +429,9 @@ def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) ->
         drafted = Drafted(taken, n_rows * steps, 0, 0, np.ones((8, 4)), shares, seconds, timed,
                           timed * seconds / steps)  # fmt: skip
         drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
+        turn = drafter * half(1) * steps * bool(asked)
+        drafting.turned(turn, prompts=False)
+        total += turn
         at, n_asked = at + steps, n_asked + steps * bool(asked)
     return 1 - worth / total, n_asked
 
@@ -442,6 +447,15 @@ def test_steps_without_drafts_are_timed_again_where_they_become_rare() -> None:
     lost, n_asked = lost_by(lambda at: 5.0 if at // 500 % 2 else 1.0, 1.2, 2.7)
     assert lost < -1.0
     assert n_asked > 2600
+
+
+def test_drafts_are_to_gain_what_a_drafter_takes_in_python() -> None:
+    lost, n_asked = lost_by(lambda at: 1.0, 1.2, 2.7, drafter=1.0)
+    assert lost < -0.1
+    assert n_asked > 2600
+    lost, n_asked = lost_by(lambda at: 1.0, 1.2, 2.7, drafter=2.0)
+    assert 0 < lost < 0.03
+    assert 0 < n_asked < 300
 
 
 @pytest.mark.parametrize("takes_time", [True, False])
