@@ -36,8 +36,9 @@ UNOPTIMISED = "-O0 -g0 -fno-sanitize=all"  # zig adds a sanitizer where nothing 
 UNOPTIMISED_LINKS = "-Os -Wl,--no-gc-sections"
 # The oldest macOS, which the wheel's name tells, too.
 MACOS = re.findall(r'MACOSX_DEPLOYMENT_TARGET = "(.+)"', (ROOT / "pyproject.toml").read_text())[0]
-# What zig adds to a library and shows: new and delete, and where a Mac's begins.
-OF_ZIG = re.compile(r"_+(Z[nd][wla]\w*|dso_handle|mh_dylib_header)")
+# What the compiler adds to a library and shows: new and delete, types of functions (no visibility
+# holds for them), and where a Mac's library begins.
+OF_ZIG = re.compile(r"_+(Z[nd][wla]\w*|ZT[IS]P?F\w*|dso_handle|mh_dylib_header)")
 EMULATED_ROWS = "100"  # that native/tests/test_fused.cpp compares
 QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
 WINE = ("/usr/lib/wine/wine64",)
