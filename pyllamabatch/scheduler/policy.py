@@ -102,6 +102,13 @@ class PlanBuilder:
         ]
         return [(seq, n) for seq, n in found if n > 1 or 0 < n < seq.remaining]
 
+    @property
+    def n_ending(self) -> int:
+        """Sequences whose prompt ends in this step: they decode in the next one."""
+        return sum(
+            n == seq.remaining and seq.goal in (None, seq.known) for seq, n in self.prompts()
+        )
+
     def ask_again(self, at: float) -> None:
         """By an admit part that says no now and may say yes `at` that time."""
         self.wake = at if self.wake is None else min(self.wake, at)

@@ -5,12 +5,21 @@ from dataclasses import dataclass, replace
 import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
-from pyllamabatch.scheduler import ComposedPolicy, Limits, Plan, SequenceView, StepView
+from pyllamabatch.scheduler import (
+    ComposedPolicy,
+    Limits,
+    Plan,
+    SequenceView,
+    StepView,
+    device_aware,
+)
 from pyllamabatch.scheduler.policies.newcomers import GROUP_WAIT_SECONDS, InGroups
 from pyllamabatch.scheduler.policies.parts import soonest_due, when_it_fits
+from pyllamabatch.scheduler.view import Prefix
 
 LIMITS = Limits(512, 512, 32, 32 * 256, 256, unified=False, fills=True)
 N = 20  # sequences that decode
+LAST_SLOT = replace(LIMITS, n_seq_max=N + 1)
 
 
 DEAR = NewGraph(1.0)
@@ -30,6 +39,8 @@ class Calls(StepCost):
 
 
 CALLS = Calls()
+# a new graph is worth that four sequences decode a step later
+FOUR_BEHIND = Calls(new_graph=NewGraph(4.5 * 2.2e-3 / N))
 
 
 def newcomers(n: int, at: float, ttft_target: float | None = None) -> list[SequenceView]:
@@ -172,12 +183,52 @@ def test_each_waits_for_its_own_time() -> None:
 
 
 def test_no_more_join_than_are_computed_together() -> None:
-    """Of six that come at once: a new graph is worth that four sequences decode a step later."""
-    cost = Calls(new_graph=NewGraph(4.5 * 2.2e-3 / N))
+    """Of six that come at once."""
     for limits, n in ((LIMITS, 4), (replace(LIMITS, fills=False), 6)):
-        answer = plan(expecting(), 9.0, [one(N + i) for i in range(6)], cost, limits=limits)
+        answer = plan(expecting(), 9.0, [one(N + i) for i in range(6)], FOUR_BEHIND, limits=limits)
         assert len(answer.tokens) == n
         assert answer.decode_all
     for behind in (0.5, 1.5):  # none is computed together with another one
         few = Calls(new_graph=NewGraph(behind * 2.2e-3 / N))
         assert len(plan(expecting(), 9.0, [one(N + i) for i in range(6)], few).tokens) == 6
+
+
+def test_the_last_slots_are_no_reason_to_join() -> None:
+    """The next one comes as soon as one of those that decode ends."""
+    assert joined(limits=LAST_SLOT) == 0
+
+
+def cached(id: int) -> SequenceView:
+    """One whose prompt is in the cache, but for its last token."""
+    return one(id)._replace(prefix=Prefix(hit=49))
+
+
+def test_one_that_was_preempted_after_its_first_token_does_not_wait() -> None:
+    """Nor does it hide that another one's first token is due."""
+    preempted = SequenceView(50, 8.9, 20, generated=5, max_tokens=9)
+    for waiting in ([preempted], [preempted, one(N, due=9.02)]):
+        assert len(plan(expecting(), 9.0, waiting, CALLS).tokens) == len(waiting)
+
+
+def test_one_that_is_cached_joins_at_once() -> None:
+    """Its row is one of those that decode: it is in no group."""
+    for waiting in ([cached(60), one(N)], [one(N), cached(60)], [cached(i) for i in range(40, 46)]):
+        answer = plan(expecting(), 9.0, waiting, FOUR_BEHIND)
+        assert answer.tokens == {seq.id: 1 for seq in waiting if seq.prefix.hit}
+    few = [cached(60), cached(61), one(N), one(N + 1)]
+    assert plan(expecting(), 9.0, few, CALLS).tokens == {60: 1, 61: 1}  # two wait for a third
+    both = [one(N), cached(60)]  # the last slot is the first one's
+    assert not plan(expecting(), 9.0, both, CALLS, limits=LAST_SLOT).tokens
+
+
+@pytest.mark.parametrize(("n_begun", "n"), [(1, 3), (3, 1), (4, 0), (5, 4)])
+def test_prompts_that_were_begun_count(n_begun: int, n: int) -> None:
+    """Four are computed behind those that decode. Five have a step of their own, and those that
+    come join it."""
+    decoding = [SequenceView(i, 0.0, 9, 10, 2, 99, running=True) for i in range(N)]
+    begun = [SequenceView(900 + i, 8.9, 50, 20, max_tokens=9, running=True) for i in range(n_begun)]
+    new = [one(N + i) for i in range(4)]
+    view = StepView.of(LIMITS, [*decoding, *begun], new, now=9.0, cost=FOUR_BEHIND)
+    answer = device_aware().plan(view)
+    assert len(answer.tokens) == n_begun + n
+    assert answer.decode_all == (n_begun < 5)

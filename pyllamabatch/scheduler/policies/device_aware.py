@@ -111,9 +111,8 @@ class Alternately:
             return Mix.BOTH
         if before:
             return Mix.DECODES
-        n_wait = sum(n == seq.remaining and seq.goal in (None, seq.known) for seq, n in prompts)
         n_others = builder.n_rows - sum(n for _, n in prompts)
-        if not n_others or comes_behind(view.limits, cost, n_wait, n_others):
+        if not n_others or comes_behind(view.limits, cost, builder.n_ending, n_others):
             return Mix.BOTH
         self._prompts = True
         return Mix.PROMPTS

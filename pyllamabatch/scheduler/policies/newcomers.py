@@ -6,7 +6,7 @@ newcomers are rare: each joins at once."""
 
 from collections.abc import Sequence
 from itertools import islice
-from math import inf, isinf
+from math import inf
 
 from ...errors import number
 from ..padding import comes_behind
@@ -31,12 +31,14 @@ class InGroups:
 
     w is the mean time between newcomers lately, or the time since the last one, if that is longer:
     one that is late by some time is expected to be late by as much again. Where more wait than
-    could join, the next one has come, and w is the mean. Each waits for `group_wait` seconds at
+    could join, the next one has come, and w is the mean. So it is where these take the last slots:
+    one of those that decode ends as often as one comes. Each waits for `group_wait` seconds at
     most, and not into the time that two such steps take before the first token of any is due
-    (`ttft_target`), or its `deadline`. Of those that join, no more are admitted in a step than are
-    computed together behind those that decode (`comes_behind`): with one more each would have a
-    call of its own. ArgumentError below 0. One object serves one engine, whose order is
-    `soonest_due`."""
+    (`ttft_target`), or its `deadline`; one that was preempted after its first token does not wait.
+    Of those that join, no more are admitted in a step than are computed together behind those that
+    decode (`comes_behind`), with the prompts that were begun before: with one more each would have
+    a call of its own. One whose prompt is cached joins at once. ArgumentError below 0. One object
+    serves one engine, whose order is `soonest_due`."""
 
     __slots__ = ("_every", "_joined", "_since", "fits", "group_wait")
 
@@ -49,20 +51,26 @@ class InGroups:
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
         verdict = self.fits(builder, seq)
-        if verdict is not Verdict.ADMIT:
+        if verdict is not Verdict.ADMIT or not has_prompt(seq):
             return verdict
         view = builder.view
-        if k := len(builder.admitted):
-            together = k > 1 and behind(view, k)
-            return Verdict.STOP if together and not behind(view, k + 1) else verdict
+        if behind(view, 2):
+            k = builder.n_ending
+            if behind(view, k) and not behind(view, k + 1):
+                return Verdict.STOP
+        if any(map(has_prompt, builder.admitted)):
+            return verdict
         now = view.now
-        ready = (s for s in view.waiting.by(by_first_token) if not s.prefix.pending)
+        waiting = view.waiting.by(by_first_token)
+        ready = (s for s in waiting if has_prompt(s) and not s.prefix.pending)
         these = [*islice(ready, builder.slots)]
         self._since = {s.id: self._since.get(s.id, now) for s in these}
         until = min(self._since.values()) + self.group_wait
-        if self._waits(builder, these, until):
+        more = next(ready, None) is not None
+        if self._waits(builder, these, until, more):
             builder.ask_again(until)
-            return Verdict.STOP
+            free = len(view.waiting) <= builder.slots + len(builder.admitted)
+            return Verdict.SKIP if free else Verdict.STOP
         every = min((now - self._joined) / len(these), self._longest)
         self._every += (every - self._every) / 8
         self._joined = now
@@ -73,13 +81,16 @@ class InGroups:
         """Seconds between newcomers that are as good as for ever."""
         return 2 * self.group_wait
 
-    def _waits(self, builder: PlanBuilder, these: Sequence[SequenceView], until: float) -> bool:
-        """Whether these, which could join now, wait for the next one."""
+    def _waits(
+        self, builder: PlanBuilder, these: Sequence[SequenceView], until: float, more: bool
+    ) -> bool:
+        """Whether these, which could join now, wait for the next one. more: it has come, and waits
+        for a slot."""
         view, cost, limits, k = builder.view, builder.view.cost, builder.view.limits, len(these)
         decoding = len(view.decoding)
         wait = self._every
-        if len(view.waiting) == k:  # else the next one has come, and waits for a slot
-            wait = max(wait, view.now - next(reversed(view.waiting)).arrival)
+        if not more:
+            wait = max(wait, view.now - max(seq.arrival for seq in these))
         if view.now + wait >= until or not decoding or len(view.prefilling) or not measured(cost):
             return False
         most = builder.rows
@@ -100,7 +111,13 @@ class InGroups:
         if SAVED * (decoding + k + 1) * gain <= wait:
             return False
         due = min(min(first_token_due(seq), seq.deadline or inf) for seq in these)
-        return isinf(due) or due - view.now > 2 * step(k + 1)
+        return due == inf or due - view.now > 2 * step(k + 1)
+
+
+def has_prompt(seq: SequenceView) -> bool:
+    """Not only its last token, which a newcomer whose prompt is cached computes as those that
+    decode do."""
+    return seq.remaining > 1
 
 
 def behind(view: StepView, k: int) -> bool:
