@@ -257,6 +257,8 @@ class EngineCore:
             if step is None:  # a policy waits: what it waits for may be a reader
                 self._stepper.flush()
                 return
+            if step.drafts and self._device.feed.each_step:
+                step.repeat = 1  # the drafter's doing, no command's
             step.behind &= not self.recovery.tries_again  # or whose fault it is can't be told
             self._place(step)
             if step.kv_operations and not self.kv.carry_out(step.kv_operations):
@@ -312,7 +314,7 @@ class EngineCore:
         """How many times the step may be computed: not beyond a deadline, and once where a command
         has come."""
         deadline = self.scheduler.deadlines.next
-        if step.repeat > 1 and (self.commands or (step.drafts and self._device.feed.each_step)):
+        if step.repeat > 1 and self.commands:
             return 1
         if deadline is None or step.repeat == 1:
             return step.repeat

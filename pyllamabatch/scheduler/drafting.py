@@ -211,10 +211,10 @@ class Drafting:
 
     def turned(self, seconds: float, *, prompts: bool) -> None:
         """What was done for that step, which has rows of prompts or not, took so long beside the
-        step itself, a drafter's time in Python included. All of it is lost where nothing has
-        changed since a look at drafts, and none has joined: without a drafter, what came before
-        would have gone on. Else what it takes longer than a turn for decoding does without a
-        look."""
+        step itself, a drafter's time in Python included. All of it is lost where nothing but a look
+        at drafts has ended the step before, nothing has changed, and none has joined: without a
+        drafter, what came before would have gone on. Else what it takes longer than a turn for
+        decoding does without a look."""
         lost = 0.0
         if self._cut and not prompts:
             lost = seconds

@@ -292,8 +292,6 @@ class Scheduler:
             self.drafting.planned(sequences.n_changes)
         view = self.view(now)
         plan = self.policy.plan(view)
-        if self.drafting is not None:
-            self.drafting.cuts = plan.cut
         rows = check_plan(plan, view)
         nothing = not (rows.n_decodes or rows.others or plan.preempt)
         self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)
@@ -304,6 +302,7 @@ class Scheduler:
         moved, admitted = self._admit(rows) if rows.others else ((), ())
         step = self._builder.build(plan, rows, preempted, admitted, moved)
         if self.drafting is not None:
+            self.drafting.cuts = plan.cut and step.repeat == plan.repeat
             for _, source, slot in step.moved:
                 self.drafting.move(source, slot)
         return step

@@ -61,6 +61,17 @@ def test_a_drafter_of_ones_own(model: Model, kv_unified: bool) -> None:
         own.asked[0].tokens[0] = 0
 
 
+def test_what_comes_behind_each_step_of_a_drafter_is_lost(model: Model) -> None:
+    """Without it, many steps would have gone on."""
+    own, lost = wrong(lambda wanted: [[] for _ in wanted]), list[bool]()
+    with engine_of(model, n_seq_max=1, speculate=own, policy=always(4, 16)) as engine:
+        drafting: Any = engine._core.scheduler.drafting
+        drafting.turned = lambda seconds, *, prompts: lost.append(drafting._cut)
+        engine.submit(PROMPTS[0], greedy(40)).result()
+    assert own.n_asked > 16
+    assert sum(lost) >= 16
+
+
 def wrong(answer: Any) -> Any:
     class Wrong:
         n_asked = 0

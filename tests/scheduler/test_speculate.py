@@ -286,12 +286,20 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "prompts", "lost"), [(4, False, 1.0), (4, True, 0.0), (20, False, 0.0)]
+    ("steps", "n_prompt", "n", "prompts", "lost"),
+    [
+        (4, 1, 4, False, 1.0),
+        (4, 1, 4, True, 0.0),
+        (20, 1, 9, False, 0.0),
+        (4, 1, 1, False, 0.0),
+        (4, 24, 3, False, 0.0),
+    ],
 )
 def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
-    steps: int, prompts: bool, lost: float
+    steps: int, n_prompt: int, n: int, prompts: bool, lost: float
 ) -> None:
-    """Not where the plan had ended there anyhow, or where a newcomer that had waited joins."""
+    """Not where the plan had ended there anyhow, where something else has ended its step before,
+    as where cells are short or a command has come, or where a newcomer that had waited joins."""
     speculate = iter([Speculation({}, steps), Speculation({})])
 
     def look(builder: PlanBuilder) -> Speculation:
@@ -301,14 +309,16 @@ def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
             builder.view.drafts()
         return speculation
 
-    scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=look, repeat=9), cost=HALF)
-    scheduler.add(1, 1, 50, arrival=0.0)
+    limits = replace(LIMITS, n_cells=54)
+    scheduler = Scheduler(limits, ComposedPolicy(speculate=look, repeat=9), cost=HALF)
+    for id in (1, 2):
+        scheduler.add(id, n_prompt, 20, arrival=0.0)
     drafting = scheduler.drafting
     assert drafting is not None
-    for _ in range(3):  # its prompt, with a look, without
+    for n_steps in (1, n, 1):  # prompts, with a look, without
         step = scheduler.plan(0.0)
         assert step is not None
-        scheduler.advance(step)
+        scheduler.advance(step, n_steps)
     credit = drafting.credit
     drafting.turned(1.0, prompts=prompts)
     assert credit - drafting.credit == lost
