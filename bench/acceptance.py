@@ -129,7 +129,10 @@ class Known(EngineSpeculates):
 def arms(model: Model, learn: float) -> list[ServeArm]:
     """learn: seconds of decoding."""
 
-    def engine(case: Case, *, drafts: bool, **options: Any) -> Measured:
+    def engine(case: Case, *, drafts: bool, never: bool = False) -> Measured:
+        options: dict[str, Any] = {}
+        if never:  # one policy object serves one engine
+            options["policy"] = replace(device_aware(), speculate=ByGain(inf))
         one = Known(case, model, drafts=drafts, learn=learn, options=options)
         with contextlib.closing(one):
             one.warm_up()
@@ -139,10 +142,9 @@ def arms(model: Model, learn: float) -> list[ServeArm]:
         return Tool(case, partial(engine, **how))
 
     includes = "Engine in this process, a thread for each reader; no HTTP"
-    never = replace(device_aware(), speculate=ByGain(inf))
     how: dict[str, dict[str, Any]] = {
         OFF: {"drafts": False},
-        WATCHES: {"drafts": True, "policy": never},
+        WATCHES: {"drafts": True, "never": True},
         KNOWS: {"drafts": True},
     }
     return [ServeArm(name, includes, partial(each_time, **each)) for name, each in how.items()]
