@@ -58,9 +58,9 @@ def calibrate(
     `about["watched"]` where it is not known what else ran (without psutil).
 
     budget: seconds, without loading the model; the last round ends early. layouts: of `LAYOUTS`.
-    beside: ids of processes that run all the while, and will beside the engine: what they do to its
-    steps is part of these. context_params: of `Context`, as the engine will use them (n_ubatch,
-    n_threads, type_k, ...).
+    beside: ids of processes that run all the while, and will beside the engine, with as many
+    threads each as it has (n_threads): what they do to its steps is part of these.
+    context_params: of `Context`, as the engine will use them (n_ubatch, n_threads, type_k, ...).
 
     KeyboardInterrupt ends it with the layouts that are known, and is raised where none is.
     Raises ProfileError when too little of a kind of step is known at the end of the budget."""
