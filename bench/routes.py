@@ -343,14 +343,15 @@ def own_profiles() -> Iterator[None]:
 def keeping_busy(options: argparse.Namespace, model: Model) -> subprocess.Popen[str]:
     """A process that computes as a replica does. It writes a line when it begins."""
     given = {name: getattr(options, name) for name in ("gpu_layers", "threads", "prefix", "answer")}
-    call = f"from bench.routes import keep_busy; keep_busy({model.path!r}, **{given!r})"
+    words = f"{model.path!r}, {os.getpid()}, **{given!r}"
+    call = f"from bench.routes import keep_busy; keep_busy({words})"
     return subprocess.Popen([sys.executable, "-c", call], cwd=REPOSITORY, stdout=subprocess.PIPE,
                             text=True)  # fmt: skip
 
 
-def keep_busy(path: str, **given: Any) -> None:
-    """While the process that started this one lives."""
-    options, rng, parent = argparse.Namespace(**given), random.Random(1), os.getppid()
+def keep_busy(path: str, parent: int, **given: Any) -> None:
+    """While `parent` lives, the process that started this one."""
+    options, rng = argparse.Namespace(**given), random.Random(1)
     threads = threads_of(options)
     with (
         Model(path, n_gpu_layers=options.gpu_layers) as model,

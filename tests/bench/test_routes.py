@@ -79,9 +79,11 @@ def test_a_neighbour_that_ends_makes_no_profile(
         routes.calibrated(argparse.Namespace(replicas=2, calibrate=1.0), embedded_model, {})
 
 
+@pytest.mark.parametrize("n", [0, 2])
 def test_a_neighbour_ends_with_the_process_that_started_it(
-    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
+    """Also where that has ended before it begins."""
     rounds: list[int] = []
 
     def generate(*_: object) -> None:
@@ -89,9 +91,9 @@ def test_a_neighbour_ends_with_the_process_that_started_it(
         assert len(rounds) < 5
 
     monkeypatch.setattr(Engine, "generate", generate)
-    monkeypatch.setattr(os, "getppid", lambda: 7 if len(rounds) < 2 else 1)
-    routes.keep_busy(embedded_model.path, gpu_layers=0, threads=1, prefix=40, answer=16)
-    assert len(rounds) == 2
+    monkeypatch.setattr(os, "getppid", lambda: 7 if len(rounds) < n else 1)
+    routes.keep_busy(embedded_model.path, 7, gpu_layers=0, threads=1, prefix=40, answer=16)
+    assert len(rounds) == n
 
 
 def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:
