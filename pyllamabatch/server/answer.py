@@ -22,6 +22,7 @@ from . import errors
 from .errors import ApiError, json_response
 from .prompt_reports import PromptReports
 from .security import ApiKeys, Cors
+from .tokens import came_too_late
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, MutableMapping
@@ -194,8 +195,8 @@ class EventStream(Response):
             self._service.metrics.ended(result)
             error = failure(result)
             if reports is not None:
-                too_late = result.finish_reason == "deadline" and result.ttft_s is None
-                blocked = reports.close() if error is not None or too_late else reports.end()
+                early = error is not None or came_too_late(result)
+                blocked = reports.close() if early else reports.end()
                 if blocked is not None:
                     await blocked
             if error is not None:

@@ -41,6 +41,11 @@ def finish_reason(result: Result) -> str:
     return "stop" if result.finish_reason == "stop" else "length"
 
 
+def came_too_late(result: Result) -> bool:
+    """Its time was over before its prompt was computed."""
+    return result.finish_reason == "deadline" and result.ttft_s is None
+
+
 def prompt_progress(progress: PromptProgress) -> dict[str, Any]:
     """llama-server's."""
     return {
@@ -58,12 +63,15 @@ def prompt_timings(progress: PromptProgress) -> dict[str, Any]:
 
 
 def timings(result: Result | TimesSoFar) -> dict[str, Any]:
-    """llama-server's `timings`, in ms. The prompt ends with the first token. Drafts are told of
-    where there were any."""
+    """llama-server's `timings`, in ms. The prompt ends with the first token; 0 tokens of one that
+    was not computed to its end. Drafts are told of where there were any."""
     first = result.e2el_s if result.ttft_s is None else result.ttft_s
-    prompt_ms = 1e3 * (first - (result.queue_s or 0.0))
+    queue = first if result.queue_s is None else result.queue_s
+    prompt_ms = 1e3 * (first - queue)
     predicted_ms = 1e3 * (result.e2el_s - first)
     n_prompt, n = result.n_prompt - result.n_cached, result.n_generated
+    if isinstance(result, Result) and came_too_late(result):
+        n_prompt = 0
     drafts = {"draft_n": result.n_drafted, "draft_n_accepted": result.n_accepted}
     return (drafts if result.n_drafted else {}) | {
         "cache_n": result.n_cached,
@@ -75,7 +83,7 @@ def timings(result: Result | TimesSoFar) -> dict[str, Any]:
         "predicted_ms": predicted_ms,
         "predicted_per_token_ms": predicted_ms / (n - 1) if n > 1 else 0.0,
         "predicted_per_second": 1e3 * max(0, n - 1) / max(predicted_ms, 1e-6),
-        "queue_ms": 1e3 * (result.queue_s or 0.0),
+        "queue_ms": 1e3 * queue,
     }
 
 

@@ -13,7 +13,7 @@ from pyllamabatch.engine.results import Chunk, PromptProgress, TimesSoFar
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.prompt_reports import PromptReports
-from tests.support.engines import held
+from tests.support.engines import held, stopped_clock
 from tests.support.served import Served, serving
 
 N_BATCH = 32
@@ -89,13 +89,36 @@ def test_an_empty_answer_ends_with_the_whole_prompt(narrow: Served) -> None:
     assert seen[0]["cache"] > N_BATCH
 
 
-def test_a_prompt_whose_time_is_over_is_not_told_as_computed(narrow: Served) -> None:
+def test_a_prompt_whose_time_is_over_is_not_told_as_computed(
+    narrow: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, listen = stopped_clock(monkeypatch), Stream.on_prompt
+
+    def on_prompt(stream: Stream, callback: Callable[[PromptProgress], None]) -> None:
+        def tell(progress: PromptProgress) -> None:
+            callback(progress)
+            if progress.n_computed > progress.n_cached:
+                over.set()
+
+        listen(stream, tell)
+
+    monkeypatch.setattr(Stream, "on_prompt", on_prompt)
     body = {"prompt": "E" + LONG, "timeout": 0.05, "return_progress": True} | FEW
-    with held(narrow.engine, 0):
+    with held(narrow.engine, 1):
         events = narrow.events("/completion", body)
     seen = [event["prompt_progress"] for event in events if "prompt_progress" in event]
     assert all(one["processed"] < one["total"] for one in seen)
-    assert events[-1]["tokens_predicted"] == 0
+    assert seen[0]["processed"] == seen[0]["cache"] < seen[-1]["processed"]
+    assert events[-1]["tokens_predicted"] == events[-1]["timings"]["prompt_n"] == 0
+    assert events[-1]["timings"]["prompt_ms"] > 0
+
+
+def test_a_prompt_whose_time_is_over_in_the_queue_took_none(narrow: Served) -> None:
+    body = {"prompt": "F" + LONG, "timeout": 1e-6, "return_progress": True} | FEW
+    last = narrow.events("/completion", body)[-1]
+    timings = last["timings"]
+    assert last["tokens_evaluated"] > timings["prompt_n"] == timings["prompt_per_second"] == 0
+    assert timings["prompt_ms"] == 0 < timings["queue_ms"]
 
 
 def test_each_choice_has_its_own(narrow: Served) -> None:
