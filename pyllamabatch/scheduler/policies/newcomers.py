@@ -9,6 +9,7 @@ from itertools import islice
 from math import inf
 
 from ...errors import number
+from ..neighbours import MOST
 from ..padding import comes_behind
 from ..policy import Admit, PlanBuilder, Verdict
 from ..view import SequenceView, StepView
@@ -36,18 +37,18 @@ class InGroups:
     most, and not into the time that two such steps take before the first token of any is due
     (`ttft_target`), or its `deadline`; one that was preempted after its first token does not wait.
     Of those that join, no more are admitted in a step than are computed together behind those that
-    decode (`comes_behind`), with the prompts that were begun before: with one more each would have
-    a call of its own. One whose prompt is cached joins at once. ArgumentError below 0. One object
-    serves one engine, whose order is `soonest_due`."""
+    decode (`comes_behind`, `MOST`), with the prompts that were begun before: with one more each
+    would have a call of its own. One whose prompt is cached joins at once. ArgumentError below 0.
+    One object serves one engine, whose order is `soonest_due`."""
 
-    __slots__ = ("_every", "_joined", "_since", "fits", "group_wait")
+    __slots__ = ("_came", "_every", "_since", "fits", "group_wait")
 
     def __init__(self, fits: Admit, group_wait: float = GROUP_WAIT_SECONDS) -> None:
         self.fits = fits
         self.group_wait = number("group_wait", group_wait, 0)
         self._every = self._longest  # seconds between newcomers
-        self._joined = 0.0  # when the last ones did
-        self._since: dict[int, float] = {}  # when each of these could have
+        self._came = 0.0  # when the last ones could first have joined
+        self._since: dict[int, float] = {}  # when each of these could
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
         verdict = self.fits(builder, seq)
@@ -64,6 +65,10 @@ class InGroups:
         waiting = view.waiting.by(by_first_token)
         ready = (s for s in waiting if has_prompt(s) and not s.prefix.pending)
         these = [*islice(ready, builder.slots)]
+        if n := sum(s.id not in self._since for s in these):
+            every = min((now - self._came) / n, self._longest)
+            self._every += (every - self._every) / 8
+            self._came = now
         self._since = {s.id: self._since.get(s.id, now) for s in these}
         until = min(self._since.values()) + self.group_wait
         more = next(ready, None) is not None
@@ -71,9 +76,6 @@ class InGroups:
             builder.ask_again(until)
             free = len(view.waiting) <= builder.slots + len(builder.admitted)
             return Verdict.SKIP if free else Verdict.STOP
-        every = min((now - self._joined) / len(these), self._longest)
-        self._every += (every - self._every) / 8
-        self._joined = now
         return verdict
 
     @property
@@ -123,6 +125,6 @@ def has_prompt(seq: SequenceView) -> bool:
 def behind(view: StepView, k: int) -> bool:
     """Whether k prompts are computed together, behind those that decode."""
     limits, cost = view.limits, view.cost
-    if cost is None or not limits.fills:
+    if cost is None or not limits.fills or k > MOST:
         return False
     return comes_behind(limits, cost, k, len(view.decoding))
