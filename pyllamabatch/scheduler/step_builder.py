@@ -182,19 +182,26 @@ class StepBuilder:
             n_rows = (
                 n_rows * (1 + max(drafted)) if self._limits.even_rows else n_rows + sum(drafted)
             )
-        asked = bool(running.asked)
+        asked, most = bool(running.asked), n_rows * repeat
+
+        def fitting(n: int, cells: int) -> int:
+            return n if min(n * n_rows, most) <= cells else max(1, cells // n_rows)
+
         if repeat > 1:
             if not asked:
-                left = int((running.most - running.computed).take(step.decode).min())
+                each = (running.most - running.computed).take(step.decode)
+                left = int(each.min())
+                if step.drafts:  # of the rows of all steps no more stay than tokens are left
+                    most = int(each.sum()) + n_rows - step.n_rows
             elif len(step.decode) == n_rows == len(running.ids) == 1 and self._alone():
                 left = self._limits.most_cells - int(running.computed[step.decode[0]])
             else:
                 left = 1
-            repeat = max(1, min(repeat, left, accounting.free // n_rows))
-        self._admission.cache.make_cells(max(n_rows, step.n_rows * min(repeat, AT_ONCE)))
+            repeat = fitting(max(1, min(repeat, left)), accounting.free)
+        self._admission.cache.make_cells(max(n_rows, min(n_rows * min(repeat, AT_ONCE), most)))
         if repeat == 1:
             return
-        repeat = max(1, min(repeat, accounting.empty // n_rows))
+        repeat = fitting(repeat, accounting.empty)
         if asked:
             step.stands = 1 if step.n_pad > n_rows else repeat  # for each tells what padding costs
             return

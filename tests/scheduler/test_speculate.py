@@ -604,10 +604,10 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     assert begins == [True, False, True]
 
 
-def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
+def scheduler(speculate: Any, limits: Limits = LIMITS, most: int = 30) -> Scheduler:
     made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate))
     for id in (1, 2):
-        made.add(id, 6, 30, arrival=float(id))
+        made.add(id, 6, most, arrival=float(id))
     step = made.plan(0.0)
     assert step is not None
     made.advance(step)
@@ -669,6 +669,18 @@ def test_steps_with_drafts_have_cells(kind: dict[str, bool], repeat: int) -> Non
     step = scheduler(lambda builder: Speculation({1: 3}, 5), limits).plan(1.0)
     assert step is not None
     assert (step.drafts, step.repeat) == ({0: 3}, repeat)
+
+
+def test_answers_that_fit_end_in_one_call() -> None:
+    """However many drafts a step may have: of all rows no more stay than tokens are left."""
+    limits = replace(LIMITS, n_cells=12 + 2 * 9 + 3)
+    step = scheduler(lambda builder: Speculation({1: 3}, 64), limits, most=10).plan(1.0)
+    assert step is not None
+    assert step.repeat == 9
+    limits = replace(limits, n_cells=limits.n_cells - 1)
+    step = scheduler(lambda builder: Speculation({1: 3}, 64), limits, most=10).plan(1.0)
+    assert step is not None
+    assert step.repeat == (2 * 9 + 2) // 5
 
 
 def test_a_plan_with_drafts_keeps_the_rules() -> None:
