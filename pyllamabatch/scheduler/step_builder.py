@@ -18,6 +18,7 @@ from .step import PromptChunk, Step
 from .view import Limits, Plan
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
+AT_WORST = 4  # of those with drafts, each of which may have far more rows than will stay
 
 Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
@@ -198,7 +199,8 @@ class StepBuilder:
             else:
                 left = 1
             repeat = fitting(max(1, min(repeat, left)), accounting.free)
-        self._admission.cache.make_cells(max(n_rows, min(n_rows * min(repeat, AT_ONCE), most)))
+        at_once = n_rows * min(repeat, AT_WORST if step.drafts else AT_ONCE)
+        self._admission.cache.make_cells(max(n_rows, min(at_once, most)))
         if repeat == 1:
             return
         repeat = fitting(repeat, accounting.empty)

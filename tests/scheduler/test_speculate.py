@@ -23,6 +23,7 @@ from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
+from pyllamabatch.scheduler.step_builder import AT_WORST
 from pyllamabatch.scheduler.view import Drafts, Prices
 from tests.support.made_up_costs import Linear
 from tests.support.views import decoding, view_of
@@ -681,6 +682,17 @@ def test_answers_that_fit_end_in_one_call() -> None:
     step = scheduler(lambda builder: Speculation({1: 3}, 64), limits, most=10).plan(1.0)
     assert step is not None
     assert step.repeat == (2 * 9 + 2) // 5
+
+
+def test_a_long_answer_empties_few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cached goes for a few steps with drafts, not for all that there might be."""
+    limits = replace(LIMITS, n_cells=4096)
+    made = scheduler(lambda builder: Speculation({1: 3}, 64), limits, most=100)
+    wanted: list[int] = []
+    monkeypatch.setattr(type(made.admission.cache), "make_cells", lambda cache, n: wanted.append(n))
+    step = made.plan(1.0)
+    assert step is not None
+    assert wanted == [5 * AT_WORST]
 
 
 def test_a_plan_with_drafts_keeps_the_rules() -> None:
