@@ -155,8 +155,9 @@ class TextFeed:
 
     @property
     def holds(self) -> bool:
-        """Whether a stop string may have begun at the end of the text."""
-        return bool(self._held)
+        """Whether a stop string may have begun at the end of the text, which may be within a
+        character."""
+        return self._partial or bool(self._held)
 
     @property
     def text(self) -> str:

@@ -191,9 +191,25 @@ def test_a_reader_finds_the_stop_string_before_the_output_thread() -> None:
     assert made._scan()
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_stop_string_begins_with_a_character_of_several_tokens(looks: bool) -> None:
+    made = stream(stop=("€b",))
+    for piece in (b"a", b"\xe2", b"\x82", b"\xac", b"b", b"c"):
+        push(made, piece)
+        assert not looks or made.text in ("", "a")
+    made._finish("length")
+    result = made.result()
+    assert (result.text, result.stop, result.n_generated) == ("a", "€b", 5)
+
+
 @settings(max_examples=400)
 @given(
-    st.lists(st.binary(max_size=3) | st.text("abE€", max_size=3).map(str.encode), max_size=30),
+    st.lists(
+        st.binary(max_size=3)
+        | st.text("abE€", max_size=3).map(str.encode)
+        | st.sampled_from([b"\xe2", b"\x82", b"\xac", b"\x82\xac"]),  # of "€"
+        max_size=30,
+    ),
     st.lists(st.text("abE€\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
     st.sets(st.integers(0, 30)),
 )
