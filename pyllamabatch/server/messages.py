@@ -20,7 +20,8 @@ from .answer import Answer, named_event, respond
 from .bodies import Body, SamplingBody
 from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, text_of, turn_of
 from .errors import ApiError, invalid, json_response
-from .service import Prepared, Service
+from .service import Service
+from .tokens import prompt_usage
 
 
 class OutputFormat(Body):
@@ -56,7 +57,7 @@ async def messages(service: Service, request: Request) -> Response:
         body.json_schema = body.output_config.format.schema_
     turn = await _read_turn(service, body)
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
-    make = partial(MessagesAnswer, service, body, prepared, turn)
+    make = partial(MessagesAnswer, service, body, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
@@ -160,15 +161,12 @@ def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, A
 
 
 class MessagesAnswer(Answer):
-    def __init__(
-        self, service: Service, body: MessagesBody, prepared: Prepared, turn: Turn
-    ) -> None:
-        self._prepared = prepared
+    def __init__(self, service: Service, body: MessagesBody, turn: Turn) -> None:
         self._turn = turn
         self._reader = turn.reader()
         self._blocks = Blocks()
         self._stops = body.stop_sequences or ()
-        self._n_cached: int | None = None  # once the answer has begun
+        self._counts: tuple[int, int] | None = None  # of its prompt, once the answer has begun
         self._head = {
             "id": f"msg_{uuid4().hex}",
             "type": "message",
@@ -180,28 +178,30 @@ class MessagesAnswer(Answer):
         (result,) = results
         blocks = blocks_of(self._turn, result)
         content = [_content(block) for block in blocks]
-        usage = self._usage(result.n_cached, result.n_generated)
+        usage = _usage(*prompt_usage([result]), result.n_generated)
         ended = _ended(result, blocks, self._stops)
         return {**self._head, "content": content, **ended, "usage": usage}
 
-    def _start(self, n_cached: int) -> bytes:
+    def _start(self, n_prompt: int, n_cached: int) -> bytes:
         """The first event: it says how many tokens were cached."""
-        if self._n_cached is not None:
+        if self._counts is not None:
             return b""
-        self._n_cached = n_cached
+        self._counts = n_prompt, n_cached
         nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        message = {**self._head, **nothing, "usage": self._usage(n_cached, 0)}
+        message = {**self._head, **nothing, "usage": _usage(*self._counts, 0)}
         return _event("message_start", message=message)
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        return self._start(stream.n_cached) + self._events(self._reader.feed(chunk.text))
+        return self._start(stream.n_prompt, stream.n_cached) + self._events(
+            self._reader.feed(chunk.text)
+        )
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._start(result.n_cached)
+        left = self._start(*prompt_usage([result]))
         left += self._events(rest_of(self._turn, self._reader, result))
         left += b"".join(map(_block_event, self._blocks.close()))
         ended = _ended(result, self._blocks.all, self._stops)
-        usage = self._usage(self._n_cached or 0, result.n_generated)
+        usage = _usage(*(self._counts or (0, 0)), result.n_generated)
         return left + _event("message_delta", delta=ended, usage=usage)
 
     def end(self, results: Sequence[Result]) -> bytes:
@@ -213,13 +213,14 @@ class MessagesAnswer(Answer):
     def _events(self, delta: ChatDelta) -> bytes:
         return b"".join(map(_block_event, self._blocks.feed(delta)))
 
-    def _usage(self, n_cached: int, n_generated: int) -> dict[str, Any]:
-        return {
-            "input_tokens": self._prepared.n_prompt - n_cached,
-            "cache_read_input_tokens": n_cached,
-            "cache_creation_input_tokens": 0,
-            "output_tokens": n_generated,
-        }
+
+def _usage(n_prompt: int, n_cached: int, n_generated: int) -> dict[str, Any]:
+    return {
+        "input_tokens": n_prompt - n_cached,
+        "cache_read_input_tokens": n_cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": n_generated,
+    }
 
 
 def _event(name: str, **values: Any) -> bytes:

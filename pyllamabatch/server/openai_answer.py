@@ -67,14 +67,14 @@ class OpenAIAnswer(Answer):
         return {
             **self._head,
             "choices": [{"index": i, **self._choice(i, r)} for i, r in enumerate(results)],
-            "usage": tokens.usage(self._n_prompt, results, self._n_samples),
+            "usage": tokens.usage(results, self._n_samples),
             "timings": tokens.timings(results[0]),
         }
 
     def end(self, results: Sequence[Result]) -> bytes:
         if not self._options.include_usage:
             return DONE
-        counts = tokens.usage(self._n_prompt, results, self._n_samples)
+        counts = tokens.usage(results, self._n_samples)
         timings = tokens.timings(results[0])
         return event({**self._head, "choices": [], "usage": counts, "timings": timings}) + DONE
 

@@ -18,7 +18,7 @@ from .answer import Answer, named_event, respond
 from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
 from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, turn_of
 from .errors import ApiError, invalid
-from .service import Prepared, Service
+from .service import Service
 
 LOGPROBS = "message.output_text.logprobs"
 Include = Literal[
@@ -83,7 +83,7 @@ async def responses(service: Service, request: Request) -> Response:
         limit = "only of an answer without tools, by a template that can't think"
         raise invalid("include", LOGPROBS, limit)
     prepared = await service.submit(body, [turn.prompt], body.n_logprobs, turn.sampling)
-    make = partial(ResponsesAnswer, service, body, prepared, turn)
+    make = partial(ResponsesAnswer, service, body, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
@@ -147,11 +147,8 @@ def _choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 class ResponsesAnswer(Answer):
-    def __init__(
-        self, service: Service, body: ResponsesBody, prepared: Prepared, turn: Turn
-    ) -> None:
+    def __init__(self, service: Service, body: ResponsesBody, turn: Turn) -> None:
         self._piece = service.piece
-        self._prepared = prepared
         self._turn = turn
         self._with_logprobs = body.n_logprobs is not None
         self._logprobs: list[dict[str, Any]] = []
@@ -266,7 +263,7 @@ class ResponsesAnswer(Answer):
     def _complete(self, result: Result, blocks: Sequence[Block]) -> dict[str, Any]:
         cut = result.finish_reason != "stop"
         status = "incomplete" if cut else "completed"
-        n_prompt, n = self._prepared.n_prompt, result.n_generated
+        (n_prompt, n_cached), n = tokens.prompt_usage([result]), result.n_generated
         thoughts = [block.text for block in blocks if block.kind == "reasoning"]
         n_thoughts = sum(tokens.n_within(text, result.tokens, self._piece) for text in thoughts)
         return {
@@ -276,7 +273,7 @@ class ResponsesAnswer(Answer):
             "output": [self._item(block, status) for block in blocks],
             "usage": {
                 "input_tokens": n_prompt,
-                "input_tokens_details": {"cached_tokens": result.n_cached},
+                "input_tokens_details": {"cached_tokens": n_cached},
                 "output_tokens": n,
                 "output_tokens_details": {"reasoning_tokens": n_thoughts},
                 "total_tokens": n_prompt + n,

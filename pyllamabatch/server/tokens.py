@@ -12,11 +12,20 @@ from .bodies import StreamOptions
 PieceOf = Callable[[int], bytes]
 
 
-def usage(n_prompt: int, results: Sequence[Result], n_samples: int) -> dict[str, Any]:
-    """OpenAI's counts. `n_prompt`: tokens of all prompts, each counted once. Of its `n_samples`
-    results, the first says how much of a prompt was cached: the others share what it computed."""
+def prompt_usage(results: Sequence[Result]) -> tuple[int, int]:
+    """Tokens of a prompt with these results, and how many of them were cached, as the first says:
+    the others share what it computed. None of a prompt that was not computed."""
+    if all(map(came_too_late, results)):
+        return 0, 0
+    return results[0].n_prompt, results[0].n_cached
+
+
+def usage(results: Sequence[Result], n_samples: int) -> dict[str, Any]:
+    """OpenAI's counts, of prompts with `n_samples` results each."""
+    firsts = range(0, len(results), n_samples)
+    prompts = [prompt_usage(results[i : i + n_samples]) for i in firsts]
+    n_prompt, n_cached = map(sum, zip(*prompts, strict=True))
     n_generated = sum(result.n_generated for result in results)
-    n_cached = sum(result.n_cached for result in results[::n_samples])
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,

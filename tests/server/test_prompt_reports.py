@@ -121,6 +121,25 @@ def test_a_prompt_whose_time_is_over_in_the_queue_took_none(narrow: Served) -> N
     assert timings["prompt_ms"] == 0 < timings["queue_ms"]
 
 
+@pytest.mark.parametrize("path", [*INTERFACES, "/v1/messages"])
+def test_a_prompt_that_was_not_computed_counts_in_no_usage(narrow: Served, path: str) -> None:
+    chat = INTERFACES["/v1/chat/completions"]
+    body = INTERFACES.get(path, chat) | FEW | {"timeout": 1e-6}
+    body |= {"stream_options": {"include_usage": True}}
+    events = [event for event in narrow.events(path, body) if event != "[DONE]"]
+    counts = [n for said in (narrow.ok(path, body), *events) for n in _counts(said)]
+    assert bool(counts) == (path != "/completion")
+    assert not any(counts)
+
+
+def _counts(said: Any) -> list[int]:
+    """All numbers of what is called usage."""
+    if not isinstance(said, dict):
+        return []
+    inside = [n for value in said.values() for n in _counts(value)]
+    return inside + [n for n in (said.get("usage") or {}).values() if isinstance(n, int)]
+
+
 def test_each_choice_has_its_own(narrow: Served) -> None:
     body = {"prompt": [LONG + "a", LONG + "bc"], "return_progress": True} | FEW
     events = narrow.events("/completion", body)
