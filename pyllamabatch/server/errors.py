@@ -63,7 +63,8 @@ class ApiError(Exception):
 
     def response(self, path: str) -> Response:
         """In the form of the interface that the path belongs to."""
-        headers = {"Retry-After": RETRY_SECONDS} if self.status in (429, 503) else None
+        again = self.status in (429, 503) and self.error["code"] != "closed"
+        headers = {"Retry-After": RETRY_SECONDS} if again else None
         outer = {"type": "error"} if path.startswith(ANTHROPIC) else {}
         return json_response(outer | self.body, self.status, headers)
 
@@ -104,8 +105,10 @@ def of(error: BaseException) -> ApiError:
             return ApiError(500, message, "server_error", code="answer_not_parsed")
         case QueueFull():
             return ApiError(429, message, "rate_limit_error", code="queue_full")
-        case EngineDraining() | ClosedError():
+        case EngineDraining():
             return ApiError(503, message, "unavailable_error", code="draining")
+        case ClosedError():
+            return ApiError(503, message, "unavailable_error", code="closed")
         case CellsUnavailable() | NotEnoughMemory():  # now: others may free some
             return ApiError(503, message, "unavailable_error", code="out_of_memory")
         case UnsupportedOperation():

@@ -212,6 +212,9 @@ def test_what_ends_an_engine_is_logged_and_does_not_come_again(
         assert error["type"] == "server_error"
         assert "no fresh context" in error["message"]
         assert "a request failed" in caplog.messages
+        late = small.post(TEXT, {"prompt": SUM})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "closed")
+        assert "retry-after" not in late.headers
 
 
 def test_a_sequence_alone_that_finds_no_cells_is_a_bug() -> None:
