@@ -11,6 +11,7 @@ It listens on loopback only, unless --host says otherwise. Give it a key then:
 
 import argparse
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -136,6 +137,7 @@ def opened(args: argparse.Namespace) -> Iterator[Any]:
     """The application of a server over one engine, which is closed afterwards."""
     from pyllamabatch.server.app import create_app
 
+    _show_errors()
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         loras = _loras(model, args.lora, stack)
@@ -159,9 +161,17 @@ def application(flags: dict[str, Any]) -> Any:
     return deployments(partial(opened, args), _fleet_options(args), _options(args))
 
 
+def _show_errors() -> None:
+    """What fails is logged to stderr, unless all is (--verbose)."""
+    shown = logging.StreamHandler()
+    shown.setLevel(logging.ERROR)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[shown])
+
+
 def _fleet(args: argparse.Namespace) -> Any:
     from pyllamabatch.cluster.deploy import running
 
+    _show_errors()
     options, threads = _fleet_options(args), args.threads
     here = not os.environ.get("RAY_ADDRESS")
     if threads is None and here and not args.gpus_per_replica:  # they share this machine's cores

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -165,6 +166,8 @@ class Engine:
         parts = assemble(model, options, context_params, machine)
         context = parts.context
         self.model = context.model
+        self.machine = None if machine is None else Path(machine).stem
+        """The profile of the machine that it runs on; None for this one."""
         self.n_batch: int = context.n_batch
         self.n_ubatch: int = context.n_ubatch
         self.n_seq_max: int = options.n_seq_max

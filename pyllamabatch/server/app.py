@@ -122,16 +122,21 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def models(service: Service, request: Request) -> Response:
-    """The one model."""
+    """The one model. On a profile machine there is none: the vocabulary alone is there."""
     model = service.model
-    meta = {
-        "vocab_type": model.vocab.type,
-        "n_vocab": model.n_vocab,
+    weights = {
         "n_ctx_train": model.n_ctx_train,
-        "n_ctx": service.n_ctx_slot,
         "n_embd": model.n_embd,
         "n_params": model.n_params,
         "size": model.size_bytes,
+    }
+    if service.machine:
+        weights = dict.fromkeys(weights, 0)
+    meta = {
+        "vocab_type": model.vocab.type,
+        "n_vocab": model.n_vocab,
+        "n_ctx": service.n_ctx_slot,
+        **weights,
     }
     one = {
         "id": service.model_name,

@@ -280,7 +280,7 @@ async def props(service: Service, request: Request) -> Response:
             "default_generation_settings": defaults,
             "total_slots": service.engine.n_seq_max if service.has_engine else 0,
             "model_alias": service.model_name,
-            "model_path": model.path,
+            "model_path": "" if service.machine else model.path,
             "modalities": {"vision": False, "audio": False},
             "chat_template": options.chat_template or model.chat_template() or "",
             "bos_token": _special(service, vocab.bos),

@@ -63,7 +63,8 @@ class Service:
         self.vocab = model.vocab
         self.options = options
         self.metrics = metrics
-        self.model_name = options.model_name or Path(model.path).name
+        self.machine = engine.machine if engine else None
+        self.model_name = options.model_name or self.machine or Path(model.path).name
         self.embedder: Embedder | None = None
         if options.embeddings or options.rerank:
             self.embedder = Embedder(model, "rank" if options.rerank else options.pooling)

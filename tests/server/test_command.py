@@ -2,6 +2,7 @@
 always, and no model; with files; and several, without the extra."""
 
 import argparse
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from pyllamabatch.cli import serve
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.server.errors import of
 from tests.support.machines import fast_profile
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
@@ -36,6 +38,10 @@ def test_it_answers_that_no_model_wrote_this(tmp_path: Path) -> None:
         both = client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5})
         texts = [choice["text"] for choice in both.raise_for_status().json()["choices"]]
         assert texts == [texts[0]] * 2
+        models = client.get("/v1/models").raise_for_status().json()
+        assert [one["id"] for one in models["data"]] == ["fast"]
+        assert models["data"][0]["meta"]["n_params"] == models["data"][0]["meta"]["size"] == 0
+        assert client.get("/props").raise_for_status().json()["model_path"] == ""
         slots = client.get("/slots").raise_for_status().json()
         assert len(slots) == 2
 
@@ -74,6 +80,17 @@ serve.run(parser.parse_args(sys.argv[1:]))
 gc.collect()
 print(len(gc.get_objects()), gc.get_freeze_count())
 """
+
+
+def test_what_fails_is_told_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with serve.opened(flags("--machine", fast_profile(tmp_path), "-np", "2", "-q")):
+        of(ZeroDivisionError("a bug"))
+    said = capsys.readouterr().err
+    assert "ERROR pyllamabatch.server.errors: a request failed" in said
+    assert "ZeroDivisionError: a bug" in said
 
 
 def test_what_stays_is_searched_for_no_cycles(tmp_path: Path) -> None:
