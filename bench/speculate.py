@@ -2,14 +2,17 @@
 
 In each run N texts of the set (`bench/texts`) are asked at once, and answered until they end or
 have `--tokens` tokens. What repeats its prompt is answered greedily, chats with the default
-sampling: the tokens are the same with drafts and without, but for rounding. The arms take turns on
-the same texts.
+sampling: the tokens are the same with drafts and without, but for rounding. Our engines answer the
+same texts at once, in turns (`bench/turns.py`), each in its own time; the server follows them.
 
-`t_pp` is the time until every sequence has its first token, `t_tg` the rest, for `--tokens` tokens
-each at the speed of what was sampled then: so no prompt is in the speed.
+`t_pp` is the time until every sequence has its first token, so that no prompt is in the speed;
+`t_tg` is the time that `--tokens` tokens take from then on at what a token takes on average (TPOT)
+for the mean of all readers. `until all were done` is the speed of all, which is bounded by the one
+whose drafts are right least often: in the end it is alone.
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +25,7 @@ from bench.case import Case, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.serve import ServeArm, llama_server, measure
 from bench.serving import ServerProcess
-from bench.speculates import REPEATING, SAMPLING, EngineSpeculates, ServerSpeculates
+from bench.speculates import REPEATING, SAMPLING, InTurns, ServerSpeculates, SideBySide
 from bench.targets import Target, speed_ratio
 from bench.texts import FREE
 from bench.tools import tool
@@ -127,6 +130,7 @@ def view(records: Sequence[Record]) -> str:
         Column("right of drafted", "right", ".2f"),
         Column("tokens a step and sequence", "per_step", ".2f"),
         Column("rows a token", "rows_a_token", ".2f"),
+        Column("until all were done, tokens/s", "all_done", ".1f"),
         Column("all in, tokens/s", "all_in", ".1f"),
         Column("CPU ms a token", "cpu_ms", ".2f"),
         Column("s until all had a token", lambda record: record.t_pp, ".2f"),
@@ -153,15 +157,17 @@ def drafter_of(options: argparse.Namespace) -> str | None:
 
 
 def all_arms(inside: InProcess, drafter: str | None) -> list[ServeArm]:
-    def engine(case: Case, *, options: dict[str, Any]) -> EngineSpeculates:
-        return EngineSpeculates(case, inside.model, options)
+    beside = defaultdict[Case, SideBySide](SideBySide)
+
+    def engine(case: Case, *, options: dict[str, Any]) -> InTurns:
+        return InTurns(case, inside.model, options, beside[case])
 
     def server(case: Case) -> ServerSpeculates:
         command = [*llama_server(case, backend_sampling=False), "--spec-type", "ngram-simple"]
         process = ServerProcess(command, cache_folder("logs") / f"{SERVER}.log")
         return ServerSpeculates(case, inside.model, process)
 
-    includes = "Engine in this process, a thread for each reader; no HTTP"
+    includes = "Engine in this process, a thread for each reader; no HTTP; its own time, in turns"
     drafting = [ServeArm(DRAFT, includes, partial(engine, options={"speculate": drafter}))]
     return [
         ServeArm(OFF, includes, partial(engine, options={"speculate": None})),

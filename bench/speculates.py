@@ -3,12 +3,16 @@
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from bench.case import I32, Case, Measured
 from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, events_of
 from bench.texts import FREE, texts
+from bench.turns import Turn, Turns
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
@@ -33,6 +37,11 @@ class Speculates(Clients):
             own = [one.prompt for one in default_prompts()]
             self._each = -(-len(own) // case.pl)
         self._prompts = [prompt_of(model, prompt) for prompt in own]
+        self.turn: Turn | None = None  # of its engine, beside others
+
+    def now(self) -> float:
+        """Seconds, of its own clock where it takes turns with others."""
+        return self.turn.seconds() if self.turn else time.perf_counter()
 
     @abstractmethod
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
@@ -48,6 +57,7 @@ class Speculates(Clients):
     def run(self, repeat: int) -> Measured:
         case, n = self.case, self.case.pl
         before = self.counts()
+        cpu_seconds = self.turn.cpu_seconds if self.turn else time.process_time
 
         def client(i: int, began: float) -> list[tuple[float, float]]:
             """When its tokens came, and the CPU time of this process until then."""
@@ -55,25 +65,36 @@ class Speculates(Clients):
             for j in range(repeat * self._each, (repeat + 1) * self._each):
                 which = (j * n + i) % len(self._prompts)
                 times = self.times(self._prompts[which], case.tg, case.seed + which)
-                came += [(at, time.process_time()) for at in times]
+                came += [(at, cpu_seconds()) for at in times]
             return came
 
         at_once(n, lambda i, began: self.connect(), self.give_up)
-        began, came = at_once(n, client, self.give_up)
+        with self.turn or nullcontext():
+            began = self.now()
+            _, came = at_once(n, client, self.give_up)
         there, cpu = max(times[0] for times in came)
         end, cpu_end = max(times[-1] for times in came)
-        n_all, n_after = sum(map(len, came)), sum(at > there for times in came for at, _ in times)
-        speed = n_after / (end - there)
-        detail = {"tokens": float(n_all), "all_in": n_all / (end - began)}
+        n_all, n_after = sum(map(len, came)), [sum(at > there for at, _ in times) for times in came]
+        # Seconds a token, as each reader sees it.
+        each = [
+            (times[-1][0] - there) / n_its
+            for times, n_its in zip(came, n_after, strict=True)
+            if n_its
+        ]
+        detail = {
+            "tokens": float(n_all),
+            "all_in": n_all / (end - began),
+            "all_done": sum(n_after) / (end - there),
+        }
         if not self.pids:  # it runs in this process
-            detail["cpu_ms"] = 1e3 * (cpu_end - cpu) / n_after
+            detail["cpu_ms"] = 1e3 * (cpu_end - cpu) / sum(n_after)
         counts = {name: value - before[name] for name, value in self.counts().items()}
         if counts.get("drafted"):
             detail["right"] = counts["accepted"] / counts["drafted"]
         if counts.get("sequence_steps"):
             detail["per_step"] = n_all / counts["sequence_steps"]
             detail["rows_a_token"] = counts["decode_rows"] / n_all
-        return Measured(there - began, case.tg * n / speed, detail=detail | counts)
+        return Measured(there - began, case.tg * fmean(each), detail=detail | counts)
 
     def give_up(self) -> None:
         self.close(now=True)
@@ -95,7 +116,7 @@ class EngineSpeculates(Speculates, EngineClients):
         greedy = {"temperature": 0.0} if self.case.sampling == "greedy" else {}
         params = SamplingParams(max_tokens=tokens, seed=seed, **cast(Any, greedy))
         for _ in self._engine.submit(prompt, params):
-            yield time.perf_counter()
+            yield self.now()
 
     def counts(self) -> dict[str, float]:
         stats = self._engine.stats()
@@ -105,6 +126,49 @@ class EngineSpeculates(Speculates, EngineClients):
             "decode_rows": float(stats.decode_rows),
             "sequence_steps": float(sum(n * steps for n, steps in stats.fill.items())),
         }
+
+
+class SideBySide:
+    """Engines of a case that answer the same texts at once, in turns."""
+
+    def __init__(self) -> None:
+        self._turns = Turns()
+        self._members: list[InTurns] = []
+        self._found: dict[InTurns, Future[Measured]] = {}
+
+    def join(self, member: "InTurns", engine: Engine) -> Turn:
+        self._members.append(member)
+        return self._turns.of(engine)
+
+    def leave(self, member: "InTurns") -> None:
+        self._members.remove(member)
+
+    def run(self, member: "InTurns", repeat: int) -> Measured:
+        """The first one who asks waits for all of them."""
+        if member not in self._found:
+            with ThreadPoolExecutor(len(self._members)) as threads:
+                self._found = {one: threads.submit(one.answer, repeat) for one in self._members}
+        return self._found.pop(member).result()
+
+
+class InTurns(EngineSpeculates):
+    """An engine among others."""
+
+    def __init__(
+        self, case: Case, model: Model, options: dict[str, Any], others: SideBySide
+    ) -> None:
+        super().__init__(case, model, options)
+        self._others = others
+        self.turn = others.join(self, self._engine)
+        self.answer = super().run
+
+    def run(self, repeat: int) -> Measured:
+        return self._others.run(self, repeat)
+
+    def close(self, *, now: bool = False) -> None:
+        super().close(now=now)
+        if not now:
+            self._others.leave(self)
 
 
 class ServerSpeculates(Speculates, HttpClients):

@@ -1,0 +1,98 @@
+"""Engines that take turns: one computes at a time, and each clock runs in its own time alone."""
+
+import time
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from bench import turns
+from pyllamabatch.engine.engine import Engine
+
+STEP_S = 0.002
+
+
+class Machine:
+    """Notes who computes; two at once are an error."""
+
+    def __init__(self) -> None:
+        self.by: list[str] = []
+        self._busy = False
+
+    def engine(self, name: str) -> Any:
+        def step() -> None:
+            assert not self._busy
+            self._busy = True
+            time.sleep(STEP_S)
+            self._busy = False
+            self.by.append(name)
+
+        core, stepper = SimpleNamespace(step=step), SimpleNamespace(interrupt=lambda: None)
+        return SimpleNamespace(_core=core, _stepper=stepper)
+
+
+def test_one_computes_at_a_time_and_each_has_its_own_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "SLICE", 5 * STEP_S)
+    machine, both = Machine(), turns.Turns()
+    clocks, began = dict[str, float](), time.perf_counter()
+    engines = {name: machine.engine(name) for name in ("a", "b")}
+    members = {name: both.of(cast(Engine, engine)) for name, engine in engines.items()}
+
+    def work(name: str, n_steps: int) -> None:
+        for _ in range(n_steps):
+            engines[name]._core.step()
+        clocks[name] = members[name].seconds()
+
+    with members["a"], members["b"]:  # both are there before one of them computes
+        threads = [Thread(target=work, args=each) for each in (("a", 40), ("b", 20))]
+        for thread in threads:
+            thread.start()
+        threads[1].join(10)
+        members["b"].__exit__()  # the other one has the machine to itself
+        threads[0].join(10)
+        members["b"].__enter__()
+    wall = time.perf_counter() - began
+    assert machine.by.count("a") == 40
+    assert machine.by.count("b") == 20
+    changes = sum(x != y for x, y in zip(machine.by, machine.by[1:], strict=False))
+    assert changes >= 4  # neither waited for the other's end
+    assert clocks["a"] >= 40 * STEP_S
+    assert clocks["b"] >= 20 * STEP_S
+    assert clocks["a"] + clocks["b"] <= wall
+
+
+def test_a_call_of_many_steps_is_interrupted_when_another_one_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "SLICE", STEP_S)
+    both, interrupted = turns.Turns(), list[bool]()
+
+    def long_step() -> None:  # until it is interrupted, but no longer than 10 s
+        end = time.monotonic() + 10
+        while not interrupted and time.monotonic() < end:
+            time.sleep(STEP_S)
+
+    def interrupt() -> None:
+        interrupted.append(True)
+
+    core, short = SimpleNamespace(step=long_step), Machine().engine("b")
+    long = SimpleNamespace(_core=core, _stepper=SimpleNamespace(interrupt=interrupt))
+    first, second = both.of(cast(Engine, long)), both.of(short)
+    with first, second:
+        thread = Thread(target=long._core.step)
+        thread.start()
+        short._core.step()
+        thread.join(10)
+    assert interrupted
+
+
+def test_who_takes_no_part_waits_for_no_other() -> None:
+    both, machine = turns.Turns(), Machine()
+    one, other = machine.engine("a"), machine.engine("b")
+    with both.of(cast(Engine, one)):
+        both.of(cast(Engine, other))
+        other._core.step()  # returns, although it is not its turn
+    assert machine.by == ["b"]
