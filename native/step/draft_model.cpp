@@ -129,7 +129,12 @@ void follow(plb_draft_model & self, llama_seq_id seq) {
     s.n_agreed = n;
 }
 
-// How many tokens to draft for a slot of the target.
+// Tokens of a slot of the target.
+size_t n_known(const plb_slot & slot, const sequence & s) {
+    return s.known.size() + slot.generated.size() - s.n_seen;
+}
+
+// How many tokens to draft for it.
 int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
     const plb_slot * slot = self.target->slots[seq].get();
     const sequence & s = self.sequences[(size_t) seq];
@@ -138,9 +143,8 @@ int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
     }
     const int32_t n_ctx_seq = (int32_t) std::min<uint32_t>(llama_n_ctx_seq(self.model->ctx), INT32_MAX);
     const int32_t n_pos = std::min(self.model->views.n_pos_max, n_ctx_seq);
-    const int32_t n_known = (int32_t) (s.known.size() + slot->generated.size() - s.n_seen);
     return std::min({self.given.n_most[seq], slot->params.max_tokens - slot->n_generated - 1,
-                     n_pos - n_known});
+                     n_pos - (int32_t) n_known(*slot, s)});
 }
 
 // So many more of the tokens that are known, in rows that nothing is sampled from.
@@ -322,6 +326,15 @@ int32_t plb::watch(plb_draft_model & self, int32_t n_rows, bool drafted) {
     return code;
 }
 
+void plb::tell_lacks(const plb_draft_model & self) {
+    for (size_t seq = 0; seq < self.sequences.size(); ++seq) {
+        const sequence & s = self.sequences[seq];
+        const plb_slot * slot = self.target->slots[seq].get();
+        const size_t lacks = s.followed && slot != nullptr ? n_known(*slot, s) - s.n_agreed : 0;
+        self.given.n_lacks[seq] = lacks > IN_STEP ? (int32_t) lacks : 0;
+    }
+}
+
 int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out) {
     if (model == nullptr || target == nullptr || out == nullptr || model == target || model->stream ||
         !target->drafts || model->views.n_vocab != target->views.n_vocab ||
@@ -415,6 +428,7 @@ int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_t
         if (self->shares) {
             take_over(*self, seq);
         }
+        tell_lacks(*self);
     });
 }
 
@@ -426,6 +440,7 @@ int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq) {
         return PLB_E_SEQ;
     }
     self->sequences[(size_t) seq].followed = false; // what is held may serve the next one
+    tell_lacks(*self);
     return PLB_OK;
 }
 

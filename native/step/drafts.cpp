@@ -52,6 +52,7 @@ drafts::drafts(const llama_context * ctx, const plb_engine_params & params, int3
     n_right_.resize((size_t) n_max_);
     n_drafted_.resize(n);
     n_accepted_.resize(n);
+    n_lacks_.resize(n);
     token_.resize(n_all);
     found_.resize(n_all);
     right_.resize(n_all);
@@ -91,6 +92,7 @@ plb_drafts drafts::views() {
     views.n_right    = n_right_.data();
     views.n_drafted  = n_drafted_.data();
     views.n_accepted = n_accepted_.data();
+    views.n_lacks    = n_lacks_.data();
     prices_.views(views);
     return views;
 }
@@ -401,6 +403,9 @@ void drafts::end(plb_engine & engine, const llama_seq_id * slots, int32_t n_slot
         std::copy_n(record.found, n_max_, found_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
         std::copy_n(record.right, n_max_, right_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
         n_given_[seq] = 0;
+    }
+    if (model_ != nullptr) {
+        tell_lacks(*model_);
     }
     run.catch_up_ns = catch_up_ns_;
     run.draft_code  = draft_code_;

@@ -81,7 +81,7 @@ private:
     bool    wanted_    = false;
     int32_t n_each_    = 1;
     std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
-    std::vector<int32_t>     n_drafts_, n_drafted_, n_accepted_; // [n_seq_max]
+    std::vector<int32_t>     n_drafts_, n_drafted_, n_accepted_, n_lacks_; // [n_seq_max]
     std::vector<int32_t>     n_right_;                    // [n_max]
     std::vector<llama_token> token_;                      // [n_seq_max][n_max]
     std::vector<float>       found_, right_;              // [n_seq_max][n_max]

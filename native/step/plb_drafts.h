@@ -50,6 +50,9 @@ typedef struct plb_drafts {
     int32_t     * n_right;    /* [n_draft_max]: drafts whose token i stays, of all slots, */
     int32_t     * n_drafted;  /* [n_seq_max]: rows of drafted tokens that the last run had of each slot, */
     int32_t     * n_accepted; /* [n_seq_max]: and how many of them stay */
+    int32_t     * n_lacks;    /* [n_seq_max]: known tokens that a draft model has to compute before it can
+                                 draft, where those are more than it lacks in any step; 0 where none drafts
+                                 for the sequence */
     /* Prices: with them a step has as many drafted rows as give most tokens a second, at most n_most of
      * each slot; how likely a draft is to be right is known from those before it, and of
      * PLB_DRAFTER_NGRAM by how many tokens it has matched. */

@@ -97,14 +97,21 @@ void takes_over(const char * path) {
     p.run({0}, 2, MOST);
     CHECK_EQ(plb_draft_model_end(p.draft, 0), PLB_OK);
     p.start(3, prompt, true);
+    CHECK_EQ(p.drafts.n_lacks[3], 0);
     CHECK_EQ(p.run({3}, 1, 1).n_drafted, 1);
     CHECK_EQ(p.rows_of_last_call(), 1); // the rest is sequence 0's
     CHECK_EQ(llama_memory_seq_pos_max(llama_get_memory(p.small.ctx), 3), (llama_pos) prompt.size());
     text other = prompt;
     other[20] = 19;
     p.start(1, other, true);
+    CHECK_EQ(p.drafts.n_lacks[1], 41 - 20);
     CHECK_EQ(p.run({1}, 1, 1).n_drafted, 1);
     CHECK_EQ(p.rows_of_last_call(), 41 - 20);
+    CHECK_EQ(p.drafts.n_lacks[1], 0);
+    p.run({1}, 18, 0);
+    CHECK_EQ(p.drafts.n_lacks[1], 20);
+    CHECK_EQ(plb_draft_model_end(p.draft, 1), PLB_OK);
+    CHECK_EQ(p.drafts.n_lacks[1], 0);
     // and the one that it was taken from goes on as if nothing had been
     p.begin(0);
     CHECK(p.run({0}, 1, MOST).n_accepted > 0);

@@ -10,8 +10,8 @@ from ..llama.memory import copies_whole_only
 from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
-from .draft_feeds import BATCH, feed_of
-from .drafters import Draft, Mtp, Ngram
+from .draft_feeds import feed_of
+from .drafters import Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import Layout, make_context, n_draft_max
@@ -123,7 +123,6 @@ def make_scheduler(
     if n_draft:
         how: dict[str, Any] = {
             "drafts_take_time": not isinstance(options.drafter, Ngram),
-            "drafts_catch_up": BATCH if isinstance(options.drafter, Draft) else 0,
             "behind": limits.behind and not isinstance(options.drafter, Mtp),
             "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
         }

@@ -25,6 +25,7 @@ class Feed:
     that: there are no drafts, or the native step finds them itself."""
 
     each_step = False  # whether `fill` has to be called before each step with drafts
+    size = 0.0  # of a draft model, as a share of the model's
 
     def begin(self, slot: int, request: Request) -> None:
         """A request has this slot, and its sampler is there."""
@@ -46,10 +47,12 @@ class Feed:
 
 
 class ModelFeed(Feed):
-    """Of a draft model that the native step asks by itself. `own`: is closed with it."""
+    """Of a draft model that the native step asks by itself, and of its size. `own`: is closed with
+    it."""
 
-    def __init__(self, draft: DraftModel, own: Model | None = None) -> None:
+    def __init__(self, draft: DraftModel, size: float, own: Model | None = None) -> None:
         self._draft = draft
+        self.size = size
         self._own = own
         draft.attach()
 
@@ -185,7 +188,8 @@ def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -
         cells = fitting_n_ctx(
             model, cells, shrink=not drafter.n_ctx, n_seq_max=n_seq_max, kv_unified=True, **given
         )
-        return ModelFeed(DraftModel(model, stepper, n_ctx=cells, **given), own)
+        size = 1 / model.n_layer if model is target else model.size_bytes / target.size_bytes
+        return ModelFeed(DraftModel(model, stepper, n_ctx=cells, **given), size, own)
     except BaseException:
         if own is not None:
             own.close()

@@ -54,8 +54,6 @@ _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
 _LEARNED = 0.125  # the share of a new observation
 _OTHERS = 1024  # steps: see `Drafting._n_passed`
-_IN_STEP = 17  # tokens that a draft model may lack of a sequence in any step: drafts and one more
-_SMALLER = 0.25  # of the time that a prompt takes: what it takes a draft model, as long as unknown
 
 
 class Drafted(NamedTuple):
@@ -183,9 +181,10 @@ class Drafting:
         self._since = 0.0  # seconds gained since then, the last _TRIED steps'
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
-        self._known = np.zeros(n_slots, dtype=np.int64)  # tokens of each, when it was looked at,
-        self._read = np.zeros(n_slots, dtype=np.int64)  # and those that a draft model has computed
-        self._smaller = _SMALLER  # of the time of a prompt, what that takes
+        # Of a draft model, told by what asks it: tokens of each slot that it has to compute before
+        # it can draft, and its share of the model's size.
+        self.lacks: npt.NDArray[np.integer] = np.zeros(n_slots, dtype=np.int32)
+        self.size = 0.0
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
         self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
@@ -227,9 +226,7 @@ class Drafting:
 
     def move(self, source: int, slot: int) -> None:
         """The sequence in `source` goes on in `slot`."""
-        for by_slot in (
-            self._owner, self._n_seen, self._found, self._right, self._known, self._read
-        ):  # fmt: skip
+        for by_slot in (self._owner, self._n_seen, self._found, self._right):
             by_slot[slot] = by_slot[source]
 
     def passes(self, n_steps: int, seconds: float, *, asked: bool) -> bool:
@@ -262,7 +259,6 @@ class Drafting:
         attended `kv` cells on average. asked: it might have had drafts. cost: None for steps that
         tell nothing of what decoding takes."""
         mine = self._owner[slots] == owner
-        self._read[slots] *= mine
         self._n_seen[slots] = self._n_seen[slots] * mine + n_steps
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
@@ -287,8 +283,6 @@ class Drafting:
                 ratio = float(drafted.seconds_timed[n_rows]) / n / said
                 agrees = times.observe(n_rows, n, ratio) or agrees
         if asked:
-            if self.limits.drafts_catch_up:
-                self._caught_up(slots, drafted, n_steps, cost)
             self._spell += n_steps
             renewed = times is self.times and drafted.n_timed[width]
             self._n_asked = 0 if renewed else self._n_asked + n_steps
@@ -324,27 +318,6 @@ class Drafting:
         self.credit += gained
         self._fill(drafted.seconds)
 
-    def _lacks(self, slots: Slots) -> npt.NDArray[np.int64]:
-        """Tokens that a draft model has to catch up with."""
-        lacks = self._known[slots] - self._read[slots]
-        return lacks * (lacks > _IN_STEP)
-
-    def _prompt(self, n: int, slots: Slots, cost: StepCost) -> float:
-        """Seconds that it would take to compute `n` of these, as a prompt."""
-        if not n or not self.times.knows(1, self.limits.n_seq_max):
-            return 0.0
-        return cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
-
-    def _caught_up(self, slots: Slots, drafted: Drafted, n_steps: int, cost: StepCost) -> None:
-        known, lacks = self._known[slots], self._lacks(slots)
-        if drafted.catch_up:  # else there was nothing
-            read = np.minimum(lacks.cumsum(), n_steps * self.limits.drafts_catch_up)
-            said = self._prompt(int(read[-1]), slots, cost)
-            if said:
-                self._smaller += (drafted.catch_up / said - self._smaller) / 4
-            known = known - (lacks - np.diff(read, prepend=0))
-        self._read[slots] = known + drafted.taken[slots]
-
     def _is_calm(self, width: int) -> bool:
         """Steps of so many rows, or more, had time to be sampled on the device."""
         return any(n >= _CALM for rows, n in self._calm.items() if rows >= width)
@@ -359,9 +332,9 @@ class Drafting:
         begin = 0.0
         if self._begins():
             begin = _TRIAL * plain if self._move is None else 2 * self._move
-        if self.limits.drafts_catch_up:
-            n = int(self._lacks(slots).sum())
-            begin += self._smaller * self._prompt(n, slots, cost)
+        if n := int(self.lacks[slots].sum()):
+            prompt = cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
+            begin += self.size * prompt
         return begin
 
     def _lingers(self) -> bool:
@@ -382,18 +355,15 @@ class Drafting:
         slots: Slots,
         owner: npt.NDArray[np.int64],
         n_left: npt.NDArray[np.int64],
-        known: npt.NDArray[np.int64],
         kv: float,
         cost: StepCost | None,
         new_graph: float | None = None,
     ) -> Drafts:
-        """Of the sequences that decode in these slots, with so many tokens left to generate, and so
-        many known. new_graph: seconds, as measured; None: as the cost model says."""
+        """Of the sequences that decode in these slots, with so many tokens left to generate.
+        new_graph: seconds, as measured; None: as the cost model says."""
         limits, self._wanted, self._n_passed = self.limits, 0.0, 0
         self.looked = cost is not None  # else nothing can be said to be lost
         mine = self._owner[slots] == owner
-        self._known[slots] = known
-        self._read[slots] *= mine
         found, right = (share[slots] * mine[:, None] for share in (self._found, self._right))
         n = len(slots)
         width = self._width(slots)

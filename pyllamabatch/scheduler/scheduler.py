@@ -267,11 +267,10 @@ class Scheduler:
         slots = running.decode_slots
         if running.asked:
             slots = running.decode_slots_but([*running.asked], [])
-        known = running.computed[slots]
-        n_left = running.most[slots] - known
+        n_left = running.most[slots] - running.computed[slots]
         attended = self.attention.of_all()
         return self.drafting.view(
-            slots, running.owner[slots], n_left, known, attended, self.cost, self.padding.graph
+            slots, running.owner[slots], n_left, attended, self.cost, self.padding.graph
         )
 
     def plan(self, now: float) -> Step | None:

@@ -36,11 +36,9 @@ class Limits:
       filled up to the same number of rows, so that several are computed together.
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
-      before each step that may have them. drafts_catch_up: by a model, which has to compute what it
-      lacks of sequences first, so many rows before a step at most; 0: no model.
-      drafts_move_sampling: steps that may have them are sampled on the host, others on the device.
-      even: also in a pool all sequences of a step with drafts have the
-      same number of rows (`even_rows`)."""
+      before each step that may have them. drafts_move_sampling: steps that may have them are
+      sampled on the host, others on the device. even: also in a pool all sequences of a step with
+      drafts have the same number of rows (`even_rows`)."""
 
     n_batch: int
     n_ubatch: int
@@ -54,7 +52,6 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False
-    drafts_catch_up: int = 0
     drafts_move_sampling: bool = False
     even: bool = False
 

@@ -173,6 +173,7 @@ def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> DraftColumns:
         view(native.n_right, np.int32, (native.n_draft_max,), engine),
         view(native.n_drafted, np.int32, (n_seq_max,), engine),
         view(native.n_accepted, np.int32, (n_seq_max,), engine),
+        view(native.n_lacks, np.int32, (n_seq_max,), engine),
         view(native.n_priced, np.int32, (1,), engine),
         view(native.seconds, np.float32, (n_rows + 1,), engine),
         view(native.worst, np.float32, (n_rows + 1,), engine),

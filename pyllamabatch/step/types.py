@@ -84,6 +84,8 @@ class DraftColumns(NamedTuple):
       there was a draft with this many tokens, and how often all of them were the sampled ones.
     - n_drafted, n_accepted: rows of drafted tokens that the last run had of each of its slots, and
       how many of them stay. n_drafts: in how many steps it had some.
+    - n_lacks: tokens of each sequence that a draft model has to compute before it can draft, where
+      these are more than it lacks in any step; 0 where none drafts for it.
     - n_right: shape (n_draft_max,), of how many drafts of that run token i stays.
     - n_priced (one value): with 0 a step has as many drafted rows as n_most says. Otherwise it has
       as many as give most tokens a second, if that is `gain` (one value) more than without.
@@ -105,6 +107,7 @@ class DraftColumns(NamedTuple):
     n_right: I32
     n_drafted: I32
     n_accepted: I32
+    n_lacks: I32
     n_priced: I32
     seconds: F32
     worst: F32

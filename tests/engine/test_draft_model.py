@@ -12,6 +12,8 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_prompts
 from pyllamabatch.scheduler.drafting import Drafting
+from pyllamabatch.scheduler.policies.composed import ComposedPolicy
+from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded, with_mtp
@@ -72,6 +74,26 @@ def test_a_long_prompt_is_caught_up_with_bit_by_bit(model: Model) -> None:
         drafted = trace["drafted"][trace["prefill_rows"] == 0].tolist()
         assert not any(drafted[:2])
         assert all(drafted[2:-1])
+
+
+def test_what_a_draft_model_lacks_is_what_none_of_its_sequences_holds(model: Model) -> None:
+    lacks: list[int] = []
+
+    def look(builder: PlanBuilder) -> Speculation:
+        assert engine._core.scheduler.drafting is not None
+        lacks.append(int(engine._core.scheduler.drafting.lacks.sum()))
+        return Speculation(dict.fromkeys(builder.view.decoding, 2), 2)
+
+    prompts = PROMPTS[0] * 10, PROMPTS[0] * 10 + PROMPTS[1] * 10
+    with engine_of(
+        model, n_ctx=4096, speculate=model, policy=ComposedPolicy(repeat=1, speculate=look)
+    ) as engine:
+        for prompt in prompts:
+            engine.submit(prompt, greedy(20)).result()
+            lacks.append(-1)
+    first, second = (len(prompt) for prompt in prompts)
+    assert max(lacks[: lacks.index(-1)]) == first + 1
+    assert max(lacks[lacks.index(-1) :]) == second - first + 1
 
 
 @pytest.mark.parametrize(("code", "n_times"), [(1, 4), (2, 1), (-3, 1)])

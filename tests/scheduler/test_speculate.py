@@ -44,7 +44,6 @@ def dear(rows: float) -> float:
 
 
 HALF = Linear(0.01, 0.005)
-KNOWN = np.zeros(1, np.int64)
 
 
 def half(rows: float) -> float:
@@ -145,7 +144,7 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
 
 
 def test_nothing_is_repaid_where_a_step_without_drafts_is_longer_than_a_target() -> None:
-    limits = replace(LIMITS, drafts_take_time=True, drafts_catch_up=512)
+    limits = replace(LIMITS, drafts_take_time=True)
     facts: dict[str, Any] = {"limits": limits, "n_seen": [1]}
     assert decided(half, 1, begin=0.01, **facts)[0] == {0: 4}
     assert decided(half, 1, begin=0.01, itl_target=0.012, **facts)[0] == {}
@@ -232,7 +231,7 @@ def test_nor_do_drafts_that_take_time() -> None:
     shares = np.tile(np.array(GOOD), (8, 1))
 
     def decide() -> Speculation:
-        drafts = drafting.view(slots, owner, 1000 * one, KNOWN, 100.0, HALF)
+        drafts = drafting.view(slots, owner, 1000 * one, 100.0, HALF)
         view = view_of(decoding(0), limits=limits)._replace(drafts=lambda: drafts)
         return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
 
@@ -266,7 +265,7 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
         drafting.planned(i * changes)
         more, steps = steps < 20, 20
         if drafting.due:
-            drafts = drafting.view(slots, owner, owner * 1000, KNOWN, 100.0, HALF)
+            drafts = drafting.view(slots, owner, owner * 1000, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert (asked, most is None) == ({}, False)
@@ -347,69 +346,41 @@ def test_what_is_not_paid_for_is_not_looked_at() -> None:
 
 
 def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
-    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=512), 8)
-    slots, shares, left = np.array([0], np.int32), np.ones((8, 4)), np.array([90])
-    prompt = half(200)  # seconds
+    drafting = Drafting(replace(LIMITS, drafts_take_time=True), 8)
+    drafting.size = 1 / 4
+    slots, owner, shares = np.array([0], np.int32), np.array([1]), np.ones((8, 4))
+    prompt = HALF.predict(200, 200, 100, 1)  # seconds
 
-    def look(id: int, known: int) -> float:
-        drafts = drafting.view(slots, np.array([id]), left, np.array([known]), 0.0, HALF)
+    def look() -> float:
+        drafts = drafting.view(slots, owner, np.array([90]), 0.0, HALF)
         assert drafts.prices is not None
         prices = drafts.prices()
         return 0.0 if prices is None else prices.begin
 
-    def call(id: int, catch_up: float, *, asked: bool) -> float:
+    def call(catch_up: float, *, asked: bool) -> float:
         before, timed = drafting.credit, np.bincount([1], minlength=9) * 8
         drafted = Drafted(np.full(8, 8), 8, 0, 0, shares, shares, 8 * half(1) + catch_up, timed,
                           timed * half(1), catch_up=catch_up)  # fmt: skip
-        drafting.observe(slots, np.array([id]), drafted, 8, 0, HALF, asked=asked)
+        drafting.observe(slots, owner, drafted, 8, 0, HALF, asked=asked)
         return before - drafting.credit + LOSS * drafted.seconds
 
-    call(1, 0.0, asked=False)
-    begin = look(1, 200)
-    assert 0 < begin < prompt
+    call(0.0, asked=False)
+    assert look() == 0
+    drafting.lacks[:2] = 200, 999
+    begin = look()
+    assert begin == pytest.approx(prompt / 4)
     drafting.credit = begin - 0.001
     assert not drafting.due
     while not drafting.due:  # it is saved for, however long that takes
         if not drafting.passes(8, 8 * half(1), asked=False):
-            call(1, 0.0, asked=False)
+            call(0.0, asked=False)
     assert drafting.credit >= begin
     drafting.credit = begin - 0.001
     assert not drafting.due
     drafting.passes(1024, 0.0, asked=True)
     assert drafting.due  # others may lack less
     drafting.credit = begin
-    assert call(1, 2 * prompt, asked=True) == pytest.approx(2 * prompt)  # all of it counts
-    assert [look(1, known) for known in (208, 225)] == [0.0, 0.0]
-    longer = look(1, 408)
-    assert longer > begin  # than was thought
-    assert look(2, 200) == longer
-
-
-def test_a_draft_model_catches_up_by_so_many_rows_before_each_step() -> None:
-    drafting = Drafting(replace(LIMITS, drafts_take_time=True, drafts_catch_up=100), 8)
-    slots, shares, timed = np.array([0, 1], np.int32), np.ones((8, 4)), np.bincount([2])
-    each = HALF.predict(100, 100, 50, 1) / 4
-
-    def look(first: int, *known: int) -> float:
-        ids, left = np.array([first, first + 1]), np.array([90, 90])
-        drafts = drafting.view(slots, ids, left, np.array(known), 0.0, HALF)
-        assert drafts.prices is not None
-        prices = drafts.prices()
-        assert prices is not None
-        return prices.begin
-
-    def call(first: int, catch_up: float, n: int, *, asked: bool = True) -> None:
-        drafted = Drafted(np.full(8, n), n, 0, 0, shares, shares, n * half(2) + catch_up,
-                          n * timed, n * timed * half(2), catch_up=catch_up)  # fmt: skip
-        drafting.observe(slots, np.array([first, first + 1]), drafted, n, 0, HALF, asked=asked)
-
-    for first in (1, 3, 5):
-        call(first, 0.0, 8, asked=False)
-        begins = [look(first, 300, 500)]
-        for n in (1, 1, 3, 2, 1):
-            call(first, n * each, n)
-            begins.append(look(first, 300, 500))
-        assert begins == pytest.approx([n * each for n in (8, 7, 6, 3, 1, 0)], rel=0.1)
+    assert call(2 * prompt, asked=True) == pytest.approx(2 * prompt)  # all of it counts
 
 
 def lost_by(
@@ -425,7 +396,7 @@ def lost_by(
     total = worth = 0.0
     at = n_asked = 0
     while at < 3000:
-        drafts = drafting.view(slots, owner, 10000 * one, KNOWN, 100.0, HALF)
+        drafts = drafting.view(slots, owner, 10000 * one, 100.0, HALF)
         view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
         asked, steps, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
         assert steps is not None
@@ -481,7 +452,7 @@ def test_what_drafts_take_is_no_price_of_as_many_rows_without(takes_time: bool) 
     seconds = []
     for n in (4, 2):
         slots = np.arange(n, dtype=np.int32)
-        view = drafting.view(slots, 1 + slots, np.full(n, 9), KNOWN, 100.0, HALF)  # type: ignore[arg-type]
+        view = drafting.view(slots, 1 + slots, np.full(n, 9), 100.0, HALF)  # type: ignore[arg-type]
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None
@@ -499,7 +470,7 @@ def test_where_drafts_take_time_steps_of_which_none_had_one_are_not_what_others_
         seen = []
         for asked in (False, *[True] * 9):
             drafting.observe(slots, owner, drafted, 64, 100, HALF, asked=asked)
-            drafts = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
+            drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
             assert drafts.prices is not None
             seen.append(drafts.prices() is not None)
         assert seen[0]
@@ -510,7 +481,7 @@ def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
     slots = np.arange(8, dtype=np.int32)
     limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
     owner, left = np.arange(1, 9), np.full(8, 9)
-    drafts = Drafting(limits, 8).view(slots, owner, left, KNOWN, 100.0, HALF)
+    drafts = Drafting(limits, 8).view(slots, owner, left, 100.0, HALF)
     assert drafts.prices is None
 
 
@@ -522,7 +493,7 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
         timed = np.bincount([1], minlength=9) * 32
         drafted = Drafted(slots, 32, 0, 0, shares, shares, 0.3, timed, 0.01 * timed)
         drafting.observe(slots, owner, drafted, 32, 100, HALF, asked=asked)
-        drafts = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
+        drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
         assert drafts.prices is not None
         seen.append(drafts.prices() is not None)
     assert seen == [False, False, True]
@@ -539,7 +510,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
         n_moves, n_off, n_asked, moved = 0, 100, 0, False
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
-            drafts = drafting.view(slots, owner, 1000 * owner, KNOWN, 100.0, HALF)
+            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
@@ -592,7 +563,7 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
 
     def begin() -> float:
-        view = drafting.view(slots, owner, np.array([9]), KNOWN, 100.0, HALF)
+        view = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None
