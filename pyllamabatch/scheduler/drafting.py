@@ -188,8 +188,8 @@ class Drafting:
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
         self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
-        self.cuts = False  # so that the one after it is planned sooner,
-        self._cut = False  # as the next step is
+        self.cuts = 0  # steps after which its call ends for that alone,
+        self._cut = False  # as the one before did
         self._n_changes = 0  # when it was planned
         self._turn = 0.0  # seconds of Python for a step of decoding without a look
 
@@ -205,8 +205,8 @@ class Drafting:
 
     def planned(self, n_changes: int) -> None:
         """The next step is about to be planned. n_changes: see `Sequences`."""
-        self._cut = self.cuts and n_changes == self._n_changes
-        self._n_changes, self.looked, self.cuts = n_changes, False, False
+        self._cut = self.cuts > 0 and n_changes == self._n_changes
+        self._n_changes, self.looked, self.cuts = n_changes, False, 0
 
     def turned(self, seconds: float, *, prompts: bool) -> None:
         """What was done for that step, which has rows of prompts or not, took so long beside the

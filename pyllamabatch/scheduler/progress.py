@@ -38,8 +38,8 @@ class Progress:
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
         sequences, running = self._sequences, self._sequences.running
-        if self._drafting is not None and n < step.repeat:  # something else has ended it
-            self._drafting.cuts = False
+        if self._drafting is not None and n < self._drafting.cuts:  # something else has ended it
+            self._drafting.cuts = 0
         if now is not None:
             self._idle.within = (now - sequences.now) / n
             sequences.now = now

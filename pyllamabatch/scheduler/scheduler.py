@@ -301,7 +301,7 @@ class Scheduler:
         moved, admitted = self._admit(rows) if rows.others else ((), ())
         step = self._builder.build(plan, rows, preempted, admitted, moved)
         if self.drafting is not None:
-            self.drafting.cuts = plan.cut and step.repeat == plan.repeat
+            self.drafting.cuts = plan.repeat if plan.cut else 0
             for _, source, slot in step.moved:
                 self.drafting.move(source, slot)
         return step

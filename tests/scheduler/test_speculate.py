@@ -23,6 +23,7 @@ from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
+from pyllamabatch.scheduler.step import AT_A_TIME
 from pyllamabatch.scheduler.step_builder import AT_WORST
 from pyllamabatch.scheduler.view import Drafts, Prices
 from tests.support.made_up_costs import Linear
@@ -269,7 +270,7 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert (asked, most is None) == ({}, False)
-            steps, drafting.cuts = min(steps, 10), True
+            steps, drafting.cuts = min(steps, 10), 10
         seconds = steps * half(1)
         if drafting.passes(steps, seconds, asked=False):
             passed += 1
@@ -290,16 +291,18 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
     [
         (4, 1, 4, False, 1.0),
         (4, 1, 4, True, 0.0),
-        (20, 1, 9, False, 0.0),
+        (20, 1, 10, False, 0.0),
         (4, 1, 1, False, 0.0),
         (4, 24, 3, False, 0.0),
+        (9, 1, AT_A_TIME, False, 0.0),
     ],
 )
 def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
     steps: int, n_prompt: int, n: int, prompts: bool, lost: float
 ) -> None:
     """Not where the plan had ended there anyhow, where something else has ended its step before,
-    as where cells are short or a command has come, or where a newcomer that had waited joins."""
+    as where cells are short, a command has come or adapters take turns, or where a newcomer that
+    had waited joins."""
     speculate = iter([Speculation({}, steps), Speculation({})])
 
     def look(builder: PlanBuilder) -> Speculation:
@@ -310,7 +313,7 @@ def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
         return speculation
 
     limits = replace(LIMITS, n_cells=54)
-    scheduler = Scheduler(limits, ComposedPolicy(speculate=look, repeat=9), cost=HALF)
+    scheduler = Scheduler(limits, ComposedPolicy(speculate=look, repeat=10), cost=HALF)
     for id in (1, 2):
         scheduler.add(id, n_prompt, 20, arrival=0.0)
     drafting = scheduler.drafting
@@ -318,7 +321,9 @@ def test_a_turn_is_lost_where_a_look_at_drafts_alone_has_brought_it(
     for n_steps in (1, n, 1):  # prompts, with a look, without
         step = scheduler.plan(0.0)
         assert step is not None
-        scheduler.advance(step, n_steps)
+        parts = step.by_group(lambda slot: slot, 0) if n == AT_A_TIME else (step,)
+        for part in parts:
+            scheduler.advance(part, n_steps)
     credit = drafting.credit
     drafting.turned(1.0, prompts=prompts)
     assert credit - drafting.credit == lost
