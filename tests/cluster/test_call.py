@@ -4,6 +4,7 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from fastapi import FastAPI
@@ -33,7 +34,11 @@ def test_conversations_are_routed_by_what_they_begin_with() -> None:
     assert key == "zoo"
     assert other.startswith(one[:-1])
     assert routed_by(b'{"prompt": "a b", "model": "x"}') == (b"a b", "")
-    assert routed_by(b'{"prompt": [1, 2]}') == (b"[1,2]", "")
+    assert routed_by(b'{"prompt": ["a", 2]}') == (b'["a",2]', "")
+    tokens, _ = routed_by(b'{"prompt": [1, 70000, -1]}')
+    assert len(tokens) == 3 * BYTES_PER_TOKEN
+    assert np.frombuffer(tokens, "<i4").tolist() == [1, 70000, -1]
+    assert routed_by(b'{"prompt": [4294967296]}') == (b"[4294967296]", "")
     assert routed_by(b"not JSON") == routed_by(b"[1]") == (b"", "")
     router = PrefixAffinity(unit=BYTES_PER_TOKEN)
     prompts = [RoutedCall("POST", "/", b"", [], b"", prefix).prompt() for prefix in (one, other)]

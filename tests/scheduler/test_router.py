@@ -74,6 +74,31 @@ def test_prefixes_are_spread_over_replicas_that_are_equally_busy() -> None:
     assert [router.choose(prompt((i, 30)), two) for i in (4, 5, 6)] == ["b", "b", "a"]
 
 
+def test_who_has_less_to_compute_is_less_busy() -> None:
+    router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
+    assert router.choose(prompt((1, 90)), two) == "a"
+    assert router.choose(prompt((2, 400)), two) == "b"
+    two = {"a": ReplicaView(1), "b": ReplicaView(1)}
+    for i in (3, 4, 5):  # they begin as what is there
+        assert router.choose(prompt((1, 90), (i, 20)), two) == "a"
+        two["a"] = ReplicaView(two["a"].n_open + 1)
+    assert router.choose(prompt((6, 400)), two) == "a"  # 150 elements and four requests, not 400
+    two = {"a": ReplicaView(10), "b": ReplicaView(1)}
+    assert router.choose(prompt((8, 40)), two) == "b"  # too many requests
+
+
+def test_a_small_difference_of_work_is_none() -> None:
+    router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
+    assert router.choose(prompt((1, 900)), two) == "a"
+    assert router.choose(prompt((2, 400)), two) == "b"
+    two["b"] = ReplicaView(1)
+    assert router.choose(prompt((2, 400), (3, 20)), two) == "b"
+    assert (
+        router.choose(prompt((4, 400)), two) == "b"
+    )  # 20 elements more to compute, 480 fewer held
+    assert router.choose(prompt((5, 60)), two) == "a"
+
+
 def test_replicas_come_and_go() -> None:
     router = PrefixAffinity()
     assert router.choose(A, {"a": ReplicaView()}) == "a"
@@ -93,10 +118,8 @@ def test_a_key_brings_together_what_has_no_prefix_in_common() -> None:
 
 
 def test_memory_and_reach_are_bounded() -> None:
-    router, two = (
-        PrefixAffinity(memory=2, reach=32),
-        {"a": ReplicaView(), "b": ReplicaView(n_open=1)},
-    )
+    router = PrefixAffinity(memory=2, reach=32)
+    two = {"a": ReplicaView(), "b": ReplicaView()}
     assert router.choose(A, two, "k") == "a"
     two["a"] = ReplicaView(2)
     for i in range(10, 13):
