@@ -72,29 +72,41 @@ def turn_of(
 
 
 def checked_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose role is known and whose content parts are joined."""
+    """A message whose role is known and whose content is a text or parts."""
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"messages[{i}].role", role, f"must be one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and role == "assistant":
         return {**message, "content": None if message.get("tool_calls") else ""}
-    return {**message, "content": text_of(f"messages[{i}].content", content)}
+    return {**message, "content": content_of(f"messages[{i}].content", content)}
 
 
-def text_of(name: str, content: object) -> str:
-    """A text, or the texts of its parts."""
+def content_of(name: str, content: object) -> str | list[dict[str, str]]:
+    """A text, or its parts: the template joins them, or llama.cpp does for it."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise invalid(name, content, "must be a text or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in TEXT_PARTS:
-            raise invalid(name, kind, "only parts of type text are supported")
-        if not isinstance(part.get("text", part.get("refusal")), str):
-            raise invalid(name, part, 'a part of type text needs a "text"')
-    return "".join(part.get("text", part.get("refusal")) for part in content)
+    return [part_of(name, part) for part in content]
+
+
+def part_of(name: str, part: object) -> dict[str, str]:
+    """A part with a text, as llama.cpp has it."""
+    kind, text = part, None
+    if isinstance(part, dict):
+        kind, text = part.get("type"), part.get("text", part.get("refusal"))
+    if kind not in TEXT_PARTS:
+        raise invalid(name, kind, "only parts of type text are supported")
+    if not isinstance(text, str):
+        raise invalid(name, part, 'a part of type text needs a "text"')
+    return {"type": "text", "text": text}
+
+
+def text_of(name: str, content: object) -> str:
+    """A text, or the texts of its parts, where llama-server joins them before the template."""
+    found = content_of(name, content)
+    return found if isinstance(found, str) else "".join(part["text"] for part in found)
 
 
 def rest_of(turn: Turn, reader: PlainReader | MessageReader, result: Result) -> ChatDelta:

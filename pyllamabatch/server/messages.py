@@ -18,7 +18,17 @@ from ..llama.json_limits import check_nesting
 from . import bodies
 from .answer import Answer, named_event, respond
 from .bodies import Body, SamplingBody
-from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, text_of, turn_of
+from .conversation import (
+    Block,
+    BlockEvent,
+    Blocks,
+    Turn,
+    blocks_of,
+    part_of,
+    rest_of,
+    text_of,
+    turn_of,
+)
 from .errors import ApiError, invalid, json_response
 from .service import Service
 from .tokens import prompt_usage
@@ -114,6 +124,8 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
         found.append({"role": "system", "content": text_of("system", body.system)})
     for i, message in enumerate(body.messages):
         content = message.get("content")
+        if content == [] and message.get("role") != "assistant":
+            raise invalid(f"messages[{i}].content", content, "at least one block")
         if not isinstance(content, list):
             found.append({"role": message.get("role"), "content": content})
             continue
@@ -124,14 +136,14 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
 def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, Any]]:
     """Results of tools are messages of their own. Whether the model sees its former thoughts is
     the template's to say."""
-    texts: list[str] = []
+    parts: list[dict[str, str]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for block in content:
         match block.get("type") if isinstance(block, dict) else None:
             case "text":
-                texts.append(text_of(name, [block]))
+                parts.append(part_of(name, block))
             case "tool_use":
                 given = block.get("input", {})
                 check_nesting(f"{name}.input", given)
@@ -150,9 +162,9 @@ def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, A
                 raise invalid(name, "image", "image input is not supported")
             case kind:
                 raise invalid(name, kind, "must be text, tool_use or tool_result")
-    if not texts and not calls and not thoughts:
+    if not parts and not calls and not thoughts:
         return results
-    message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    message: dict[str, Any] = {"role": role, "content": parts or ""}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
     if calls:
