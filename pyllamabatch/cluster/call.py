@@ -59,7 +59,8 @@ def head_of(line: bytes) -> Head:
 
 
 class RoutedCall(NamedTuple):
-    """`prefix`: the bytes by which it is routed. `key`: see `Router.choose`."""
+    """`prefix`: the bytes by which it is routed. `key`: see `Router.choose`. Its headers have no
+    origin: what a page may read is the front's to say, and to say once."""
 
     method: str
     path: str
@@ -73,10 +74,10 @@ class RoutedCall(NamedTuple):
     def of(cls, request: Request, body: bytes) -> RoutedCall:
         scope = request.scope
         prefix, key = routed_by(body) if body else (b"", PAGE)
+        headers = [header for header in scope["headers"] if header[0] != b"origin"]
         return cls(
-            scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body,
-            prefix, key,
-        )  # fmt: skip
+            scope["method"], scope["path"], scope["query_string"], headers, body, prefix, key
+        )
 
     def prompt(self) -> Tokens:
         """What a `Router` looks at."""

@@ -12,26 +12,26 @@ from .call import REPLICA, Whole
 def summed(texts: list[bytes]) -> bytes:
     """Metrics in Prometheus' text format as those of one server: each value is the sum; of what is
     a share, or counted in a decode, it is the mean, and of a maximum the largest."""
-    lines: dict[str, float] = {}
-    comments: dict[str, None] = {}
-    order: list[str] = []
+    metrics: dict[str, dict[str, float | None]] = {}  # the lines of each, a comment's without value
     for text in texts:
+        lines = metrics.setdefault("", {})
         for line in text.decode().splitlines():
             if line.startswith("#"):
-                if line not in comments:
-                    comments[line] = None
-                    order.append(line)
+                lines = metrics.setdefault(line.split()[2], {})
+                lines[line] = None
                 continue
             name, _, value = line.rpartition(" ")
-            if name not in lines:
-                order.append(name)
-            one, so_far = float(value), lines.get(name, 0.0)
+            one, so_far = float(value), lines.get(name) or 0.0
             if name.endswith("_max"):
                 lines[name] = max(so_far, one)
             else:
                 is_mean = name.endswith(("_perc", "_ratio", "_per_decode"))
                 lines[name] = so_far + one / (len(texts) if is_mean else 1)
-    written = (one if one in comments else f"{one} {lines[one]!r}" for one in order)
+    written = (
+        line if value is None else f"{line} {value!r}"
+        for lines in metrics.values()
+        for line, value in lines.items()
+    )
     return "".join(f"{line}\n" for line in written).encode()
 
 

@@ -156,6 +156,14 @@ def test_metrics_of_two_servers() -> None:
     ]  # fmt: skip
 
 
+def test_a_metric_is_in_one_piece() -> None:
+    """The format asks for that, also where replicas have different labels."""
+    texts = [b'# TYPE n counter\nn{a="%d"} 1.0\n# TYPE m gauge\nm 1.0\n' % i for i in (0, 1)]
+    assert summed(texts).decode().splitlines() == [
+        "# TYPE n counter", 'n{a="0"} 1.0', 'n{a="1"} 1.0', "# TYPE m gauge", "m 2.0"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("replicas", "each", "n"), [(2, 1, 2), (3, 0.6, 3), (4, 0.5, 2), (2, 0, 0)]
 )

@@ -58,11 +58,13 @@ class Unpicklable(Exception):
         raise TypeError("no way")
 
 
-def asked(handle: Any, method: str, path: str, **more: Any) -> httpx.Response:
+def asked(
+    handle: Any, method: str, path: str, options: ServerOptions | None = None, **more: Any
+) -> httpx.Response:
     from pyllamabatch.cluster.front import Front
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(Front(handle, ServerOptions()))
+        transport = httpx.ASGITransport(Front(handle, options or ServerOptions()))
         async with httpx.AsyncClient(transport=transport, base_url="http://fleet") as client:
             return await client.request(method, path, **more)
 
@@ -84,6 +86,15 @@ def test_what_replicas_do_not_show_a_front_does_not(embedded_model: Model) -> No
             response = asked(Replicas(hidden, hidden), "GET", path)
             assert response.status_code == 501
             assert response.json()["error"]["type"] == "not_supported_error"
+
+
+def test_pages_of_other_origins_are_told_once(embedded_model: Model) -> None:
+    """A browser takes no header twice."""
+    options, page = ServerOptions(cors_origins=["*"]), "https://page.example"
+    with serving(embedded_model, options) as replica:
+        response = asked(Replicas(replica), "GET", "/slots", options, headers={"Origin": page})
+    assert response.headers.get_list("access-control-allow-origin") == [page]
+    assert response.headers.get_list("access-control-allow-credentials") == ["true"]
 
 
 def test_metrics_are_asked_again_where_a_replica_has_gone(served: Served) -> None:  # noqa: F811
