@@ -7,7 +7,7 @@ that switches it off. Any other is an error that names the nearest field."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from fastapi import Request
@@ -38,7 +38,8 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "adaptive_target": (-1,),
     "min_keep": (0, 1),
     "n_indent": (0,),
-    "t_max_prompt_ms": (-1,),
+    "t_max_prompt_ms": (-1, 0),
+    "t_max_predict_ms": (-1, 0),
     "grammar_lazy": (False,),
     "grammar_triggers": ([],),
     "preserved_tokens": ([],),
@@ -227,6 +228,8 @@ class SamplingBody(Body):
     timings_per_token: each event of a stream has the timings so far. return_progress: it has events
     before the first token that say how much of the prompt is computed."""
 
+    NAME_OF_LOGPROBS: ClassVar[str] = "logprobs"
+
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -265,7 +268,6 @@ class SamplingBody(Body):
     user: str = ""
     tenant: str = ""
     timeout: Number | None = None
-    t_max_predict_ms: Number | None = None
     deadline: Number | None = None
     ttft_target: Number | None = None
     itl_target: Number | None = None
@@ -285,12 +287,12 @@ class SamplingBody(Body):
         fields: dict[str, Any] = {}
         for name in (*SAME, *RENAMED):
             value = getattr(self, name, None)
-            if value is not None:
+            if value not in (None, ""):  # "": llama-server's word for no grammar
                 fields[RENAMED.get(name, name)] = value
         if fields.get("max_tokens", 1) < 0:
             del fields["max_tokens"]
         if self.samplers is not None:
-            fields |= without_others(self.samplers)
+            fields |= without_others(samplers_named(self.samplers))
         if self.stop is not None:
             fields["stop"] = stops_of(self.stop)
         if self.seed is not None and self.seed != -1:
@@ -301,6 +303,12 @@ class SamplingBody(Body):
         if n_logprobs is not None:
             fields["logprobs"] = n_logprobs
         return fields
+
+    def named(self, error: ArgumentError) -> ApiError:
+        """An error of `SamplingParams`, by the name that the body has for the field."""
+        names = [n for n, field in RENAMED.items() if field == error.argument]
+        given = (name for name in names if getattr(self, name) is not None)
+        return invalid(next(given, error.argument), error.value, error.limit)
 
     def schema_wanted(self) -> Mapping[str, Any] | None:
         """The JSON schema of the answer, wherever it was given."""
@@ -317,7 +325,6 @@ class SamplingBody(Body):
                 options[name] = target
         seconds = [
             self.timeout,
-            None if self.t_max_predict_ms is None else self.t_max_predict_ms / 1e3,
             None if self.deadline is None else max(0.0, self.deadline - now_wall),
         ]
         given = [value for value in seconds if value is not None and value >= 0]
@@ -326,13 +333,18 @@ class SamplingBody(Body):
         return options
 
 
-def without_others(samplers: Sequence[str]) -> dict[str, float]:
-    """Fields of `SamplingParams` that switch off all samplers but these. Names that llama-server
-    does not know are left out, as there."""
+def samplers_named(samplers: Sequence[str]) -> list[str]:
+    """Those of `SAMPLERS` among these. Names that llama-server does not know are left out, as
+    there."""
     known = (SPELLINGS.get(name.lower()) for name in samplers)
     named = [name for name in known if name is not None and name not in ALWAYS_OFF]
     if named != [name for name in SAMPLERS if name in named]:
         raise invalid("samplers", samplers, f"must be some of {', '.join(SAMPLERS)}, in this order")
+    return named
+
+
+def without_others(named: Sequence[str]) -> dict[str, float]:
+    """Fields of `SamplingParams` that switch off all samplers but these."""
     others = (off for name, off in SAMPLERS.items() if name not in named)
     return {field: value for off in others for field, value in off.items()}
 

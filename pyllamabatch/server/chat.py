@@ -24,6 +24,8 @@ from .service import Prepared, Service
 class ChatBody(SamplingBody):
     """`logprobs`: of each token, with `top_logprobs` of the most likely ones beside it."""
 
+    NAME_OF_LOGPROBS = "top_logprobs"
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] = "auto"

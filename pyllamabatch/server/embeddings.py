@@ -94,17 +94,18 @@ async def _vectors(
     service: Service, request: Request, body: EmbeddingsBody
 ) -> tuple[list[TokenArray], Vectors]:
     embedder = need(service.embedder, ranks=False)
-    given = body.content if body.input is None else body.input
+    name = "content" if body.input is None else "input"
+    given = getattr(body, name)
     if given is None:
         raise invalid("input", None, "missing")
     if body.dimensions is not None:
         raise invalid("dimensions", body.dimensions, "the model's vectors can't be shortened")
     if body.embd_normalize not in (-1, 2):
         raise invalid("embd_normalize", body.embd_normalize, "must be 2 (length 1) or -1 (as is)")
-    prompts = prompts_of(given)
-    check_number(prompts, "input")
-    tokens = await service.apart(lambda: [service.tokens(prompt) for prompt in prompts])
-    embedder.check(tokens, "input")
+    prompts = prompts_of(given, name)
+    check_number(prompts, name)
+    tokens = await service.apart(lambda: [service.tokens(prompt, name=name) for prompt in prompts])
+    embedder.check(tokens, name)
     vectors = await _computed(embedder, request, tokens)
     if body.embd_normalize == 2:
         vectors = normalized(vectors)

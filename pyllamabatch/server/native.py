@@ -31,6 +31,8 @@ class NativeBody(SamplingBody):
     many of the most likely tokens beside each. `response_fields`: only these of an answer, as
     "timings/prompt_n"."""
 
+    NAME_OF_LOGPROBS = "n_probs"
+
     prompt: MixedPrompt
     n_probs: Annotated[int, Field(ge=0)] = 0
     n_cmpl: Annotated[int, Field(ge=1)] | None = None
@@ -55,26 +57,26 @@ class LoraScale(Body):
     scale: bodies.Number
 
 
-def prompts_of(given: MixedPrompt) -> list[Prompt]:
-    """Each prompt of what may be one or a list of them."""
+def prompts_of(given: MixedPrompt, name: str) -> list[Prompt]:
+    """Each prompt of what may be one or a list of them. `name`: for errors."""
     if not isinstance(given, list):
-        return [_one(given)]
+        return [_one(given, name)]
     if any(isinstance(part, int) for part in given):
-        return [_one(given)]  # one prompt, in which texts may be, too
+        return [_one(given, name)]  # one prompt, in which texts may be, too
     if not given:
-        raise invalid("prompt", given, "must not be empty")
-    return [_one(part) for part in given]
+        raise invalid(name, given, "must not be empty")
+    return [_one(part, name) for part in given]
 
 
-def _one(given: Any) -> Prompt:
+def _one(given: Any, name: str) -> Prompt:
     if isinstance(given, dict):
         if given.get("multimodal_data"):
             raise UnsupportedOperation("multimodal prompts are not supported")
         if isinstance(given.get("content"), list):
-            return text_of("prompt.content", given["content"])
+            return text_of(f"{name}.content", given["content"])
         text = given.get("prompt_string")
         if not isinstance(text, str):
-            raise invalid("prompt", given, 'an object needs "prompt_string" or "content"')
+            raise invalid(name, given, 'an object needs "prompt_string" or "content"')
         return text
     prompt: Prompt = given
     return prompt
@@ -87,7 +89,7 @@ async def completion(service: Service, request: Request) -> Response:
         body.n = body.n_cmpl
     if body.post_sampling_probs:
         raise invalid("post_sampling_probs", True, "log-probabilities are those before sampling")
-    prompts = prompts_of(body.prompt)
+    prompts = prompts_of(body.prompt, "prompt")
     prepared = await service.submit(body, prompts, body.n_probs or None)
     make = partial(NativeAnswer, service, body, prepared)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
@@ -166,7 +168,7 @@ class NativeAnswer(Answer):
             "model": service.model_name,
             "tokens_predicted": result.n_generated,
             "tokens_evaluated": result.n_prompt,
-            "generation_settings": settings(self._prepared.params[of]),
+            "generation_settings": settings(self._prepared.params[of], body.samplers),
             "prompt": prompt,
             "has_new_line": "\n" in result.text,
             "truncated": False,
@@ -192,8 +194,8 @@ def _fields(answer: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def settings(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters by llama-server's names."""
+def settings(params: SamplingParams, samplers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Sampling parameters by llama-server's names. samplers: those that were asked for."""
     return {
         "n_predict": params.max_tokens,
         "max_tokens": params.max_tokens,
@@ -213,7 +215,7 @@ def settings(params: SamplingParams) -> dict[str, Any]:
         "n_probs": params.logprobs or 0,
         "grammar": params.grammar or "",
         "json_schema": params.json_schema,
-        "samplers": list(bodies.SAMPLERS),
+        "samplers": bodies.samplers_named([*bodies.SAMPLERS] if samplers is None else samplers),
     }
 
 
@@ -233,7 +235,7 @@ def _tokens(service: Service, body: TokenizeBody) -> list[Any]:
             body.content, add_special=body.add_special, parse_special=body.parse_special
         )
     else:
-        found = service.tokens(body.content, add_special=body.add_special)
+        found = service.tokens(body.content, add_special=body.add_special, name="content")
     ids: list[int] = found.tolist()
     if not body.with_pieces:
         return ids
@@ -269,11 +271,14 @@ async def apply_template(service: Service, request: Request) -> Response:
 async def props(service: Service, request: Request) -> Response:
     """What the server runs with."""
     vocab, model, options = service.vocab, service.model, service.options
+    params = settings(SamplingParams(**options.sampling))
+    if "max_tokens" not in options.sampling:
+        params["n_predict"] = params["max_tokens"] = -1
     defaults = {
         "id": 0,
         "n_ctx": service.n_ctx_slot,
         "is_processing": False,
-        "params": settings(SamplingParams(**options.sampling)),
+        "params": params,
     }
     return json_response(
         {

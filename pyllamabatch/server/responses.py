@@ -45,6 +45,8 @@ class ResponsesBody(SamplingBody):
     """`input`: a text, or the items of a conversation. `top_logprobs`: so many of the most likely
     tokens beside each, where `include` asks for log-probabilities."""
 
+    NAME_OF_LOGPROBS = "top_logprobs"
+
     input: str | list[dict[str, Any]]
     n: Literal[1] = 1
     instructions: str = ""

@@ -17,7 +17,7 @@ from ..engine.embedder import Embedder
 from ..engine.engine import Engine
 from ..engine.followers import Followers
 from ..engine.stream import Stream
-from ..errors import UnsupportedOperation, integer
+from ..errors import ArgumentError, UnsupportedOperation, integer
 from ..llama import runtime
 from ..llama.model import Model
 from ..llama.vocab import TokenArray
@@ -132,8 +132,11 @@ class Service:
 
     # -- text
 
-    def tokens(self, prompt: Prompt, *, add_special: bool = True) -> TokenArray:
-        """A text in which special tokens are parsed, as llama-server does; or token ids."""
+    def tokens(
+        self, prompt: Prompt, *, add_special: bool = True, name: str = "prompt"
+    ) -> TokenArray:
+        """A text in which special tokens are parsed, as llama-server does; or token ids. `name`:
+        for errors."""
         if isinstance(prompt, str):
             return self.vocab.tokenize(prompt, add_special=add_special, parse_special=True)
         tokens: list[int] = []
@@ -142,7 +145,7 @@ class Service:
                 tokens += self.tokens(part, add_special=add_special and i == 0).tolist()
             else:
                 tokens.append(part)
-        return self.vocab.check_tokens(tokens, "prompt")
+        return self.vocab.check_tokens(tokens, name)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, special ones written out."""
@@ -188,7 +191,7 @@ class Service:
         more: Mapping[str, Any],
     ) -> Prepared:
         if n_logprobs is not None:
-            integer("logprobs", n_logprobs, 0, self.engine.n_logprobs_max)
+            integer(body.NAME_OF_LOGPROBS, n_logprobs, 0, self.engine.n_logprobs_max)
         given = {**self.options.sampling, **body.sampling(n_logprobs)}
         if given.get("grammar") and more.get("grammar"):
             raise invalid("grammar", given["grammar"], "tools have a grammar of their own")
@@ -199,7 +202,10 @@ class Service:
             self.vocab.check_tokens(list(bias), "logit_bias")
         options = self._options(body)
         tokens = [self.tokens(prompt) for prompt in prompts]
-        params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
+        try:
+            params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
+        except ArgumentError as error:
+            raise body.named(error) from None
         streams: list[Stream] = []
         try:
             for one, its_params in zip(tokens, params, strict=True):

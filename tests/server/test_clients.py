@@ -196,10 +196,11 @@ def test_thoughts_of_former_answers_go_to_the_template() -> None:
     ]
     body = MessagesBody(max_tokens=1, messages=[{"role": "assistant", "content": content}])
     (message,) = messages_of(body)
-    assert message == {"role": "assistant", "content": ANSWER, "reasoning_content": "I add them."}
+    assert message["content"] == [{"type": "text", "text": ANSWER}]
+    assert message["reasoning_content"] == "I add them."
 
 
 def test_an_object_is_a_prompt_too() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
     given: MixedPrompt = [{"prompt_string": SUM}, {"content": parts}, SUM]
-    assert prompts_of(given) == [SUM] * 3
+    assert prompts_of(given, "prompt") == [SUM] * 3

@@ -100,11 +100,20 @@ def test_tokens_and_templates(served: Served) -> None:
     assert served.refused("/detokenize", {"tokens": [9999]})["param"].startswith("tokens")
 
 
+def test_settings_may_be_sent_back(served: Served) -> None:
+    asked = {**GREEDY, "prompt": SUM, "samplers": ["Top-K", "temp"], "repeat_last_n": 9}
+    settings = served.ok("/completion", asked)["generation_settings"]
+    assert settings["samplers"] == ["top_k", "temperature"]
+    again = served.ok("/completion", {**settings, "prompt": SUM})
+    assert again["generation_settings"] == settings
+
+
 def test_props_slots_and_metrics(served: Served) -> None:
     props = served.client.get("/props").json()
     assert props["total_slots"] == 4
     assert props["default_generation_settings"]["n_ctx"] == served.engine.limits.n_cells_seq
-    assert props["default_generation_settings"]["params"]["top_k"] == 40
+    params = props["default_generation_settings"]["params"]
+    assert (params["top_k"], params["n_predict"], params["max_tokens"]) == (40, -1, -1)
     assert "assistant" in props["chat_template"]
     body = {**ENDLESS, "tenant": "anna", "stream": True}
     with (
@@ -190,7 +199,10 @@ def test_embeddings(embedding: Served, served: Served) -> None:
         "content"
     ] == ANSWER  # fmt: skip
     assert "1 to 2048" in embedding.refused("/v1/embeddings", {"input": "a" * 3000})["message"]
-    assert embedding.refused("/v1/embeddings", {"input": ""})["param"] == "input[0]"
+    for given, param in (
+        ({"input": ""}, "input[0]"), ({"input": []}, "input"), ({"content": [2**40]}, "content[0]"),
+    ):  # fmt: skip
+        assert embedding.refused("/v1/embeddings", given)["param"] == param
     many = embedding.refused("/v1/embeddings", {"input": ["a"] * 2049})
     assert "at most 2048" in many["message"]
     assert "--rerank" in embedding.refused(

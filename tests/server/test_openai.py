@@ -178,7 +178,17 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "messages[0].content", "image_url"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs", "logprobs"),
-        (CHAT, {"logprobs": True, "top_logprobs": 50}, "logprobs", "20"),
+        (CHAT, {"logprobs": True, "top_logprobs": 50}, "top_logprobs", "20"),
+        (TEXT, {"prompt": SUM, "logprobs": 50}, "logprobs", "20"),
+        ("/completion", {"prompt": SUM, "n_probs": 50}, "n_probs", "20"),
+        ("/v1/responses", {"input": SUM, "include": ["message.output_text.logprobs"],
+         "top_logprobs": 50}, "top_logprobs", "20"),
+        (CHAT, {"repeat_last_n": -7}, "repeat_last_n", "-7"),
+        (CHAT, {"penalty_last_n": -7}, "penalty_last_n", "-7"),
+        (CHAT, {"repetition_penalty": -1}, "repetition_penalty", "-1"),
+        ("/tokenize", {"content": [2**40]}, "content[0]", str(2**40)),
+        ("/v1/messages", {"messages": [{"role": "user", "content": []}], "max_tokens": 3},
+         "messages[0].content", "at least one"),
         (CHAT, {"logit_bias": {"9999": 1}}, "logit_bias[0]", "9999"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "xml"),
         (CHAT, {"response_format": {"type": "json_schema", "json_schema": {
@@ -193,6 +203,7 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"min_keep": 2}, "min_keep", "2"),
         (CHAT, {"n_indent": 4}, "n_indent", "4"),
         (CHAT, {"t_max_prompt_ms": 50}, "t_max_prompt_ms", "50"),
+        (CHAT, {"t_max_predict_ms": 50}, "t_max_predict_ms", "50"),
         (CHAT, {"grammar_lazy": True}, "grammar_lazy", "True"),
         (CHAT, {"grammar_triggers": [{"type": 1, "value": "a"}]}, "grammar_triggers", "value"),
         (CHAT, {"preserved_tokens": ["</s>"]}, "preserved_tokens", "</s>"),
@@ -224,7 +235,9 @@ def test_values_that_change_nothing_pass(served: Served) -> None:
         "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
                      "temperature"],
     }  # fmt: skip
+    none = {"t_max_prompt_ms": 0, "t_max_predict_ms": 0, "grammar": ""}
     body = {"prompt": SUM, "seed": 5, "temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
+    assert served.ok(TEXT, body | none)["choices"] == served.ok(TEXT, body)["choices"]
     assert served.ok(TEXT, body | off)["choices"] == served.ok(TEXT, body)["choices"]
     two = body | {"n": 2}
     assert served.ok(TEXT, two | {"best_of": 2})["choices"] == served.ok(TEXT, two)["choices"]
