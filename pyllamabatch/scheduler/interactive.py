@@ -12,20 +12,20 @@ from .view import SequenceView
 
 
 class Interactive:
-    """What their owners ask for. `check_fits`: see `Scheduler`. KeyError when there is no such
-    sequence, ValueError when it is a request."""
+    """What their owners ask for. `claim(id, n_cells)`: how many cells it fills is to be known.
+    KeyError when there is no such sequence, ValueError when it is a request."""
 
     def __init__(
         self,
         sequences: Sequences,
         admission: Admission,
         idle: IdleSequences,
-        check_fits: Callable[[int, int], None],
+        claim: Callable[[int, int], None],
     ) -> None:
         self._sequences = sequences
         self._admission = admission
         self._idle = idle
-        self._check_fits = check_fits
+        self._claim = claim
 
     def extend(self, id: int, n: int, now: float | None = None) -> None:
         """`n` more tokens are known, all but the last of them to be computed. `now`: when its owner
@@ -33,7 +33,7 @@ class Interactive:
         entry = self._entry(id)
         view = self._sequences.running.seen(entry)
         known = view.known + n
-        self._check_fits(known, 1)
+        self._claim(id, known)
         arrival = self._asked(view, now)
         more = view._replace(n_prompt=view.n_prompt + n, goal=known - 1, arrival=arrival)
         self._sequences.update(entry, more)
@@ -42,7 +42,7 @@ class Interactive:
         """Compute all that is known and sample the next token. `now`: as in `extend`."""
         entry = self._entry(id)
         view = self._sequences.running.seen(entry)
-        self._check_fits(view.known, 1)
+        self._claim(id, view.known)
         arrival = self._asked(view, now)
         self._sequences.update(entry, view._replace(goal=view.known, arrival=arrival))
 
@@ -59,6 +59,7 @@ class Interactive:
         if entry.computed is not None:
             n_before = min(max(entry.computed.high, view.computed), known - 1)
             computed = min(view.computed, entry.computed.trim(known, n_before))
+        self._claim(id, computed)
         if entry.slot < 0:
             self._admission.trim_saved(id, known)
         elif computed < view.computed:

@@ -17,6 +17,8 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from ..cost.step_cost import StepCost
 from ..errors import RequestTooLong
 from ..kv import KvAccounting, KvOperation
@@ -82,7 +84,7 @@ class Scheduler:
         self.invariance = kv.invariance
         if kv.invariance is not None and limits.unified:
             raise ValueError("a pool of cells is not batch-invariant")
-        self._needs_pool = False
+        self._outgrown: set[int] = set()  # ids of those that need a pool now
         self.counters = Counters()
         self.deadlines = Deadlines()
         self.accounting = KvAccounting(
@@ -155,7 +157,8 @@ class Scheduler:
             )
         if id in self.sequences:
             raise ValueError(f"sequence {id} is here already")
-        self._claim(n_prompt, max_tokens)
+        self.check_fits(n_prompt, max_tokens)
+        self._claim(id, n_prompt + min(1, max_tokens - 1))  # an answer is seldom of one token
         goal = None
         if interactive:  # what was computed before is brought back when its owner wants more
             goal = 0 if saved or restored else n_prompt - 1
@@ -209,16 +212,20 @@ class Scheduler:
         """Cells that a sequence can have."""
         return (self.limits if self._pool is None else self._pool.limits).most_cells
 
-    def _claim(self, n_prompt: int, max_tokens: int) -> None:
-        """`check_fits`, and where it takes a pool for that, there will be one."""
-        self.check_fits(n_prompt, max_tokens)
-        self._needs_pool |= n_prompt + max_tokens - 1 > self.limits.most_cells
+    def _claim(self, id: int, n_cells: int) -> None:
+        """A sequence has so many cells to fill: if that is more than a stream has, there will be a
+        pool. RequestTooLong when a pool has not so many."""
+        self.check_fits(n_cells, 1)
+        self._outgrown.discard(id)
+        if n_cells > self.limits.most_cells:
+            self._outgrown.add(id)
 
     def remove(self, id: int, *, worth: bool = True, wanted: bool = False) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
         on, or None when it was waiting. `worth`: what it holds is right, and may be cached.
         `wanted`: others are going to start from it. KeyError when there is no such sequence."""
         self.deadlines.remove(id)
+        self._outgrown.discard(id)
         retain = worth and self.admission.cache.retain
         return self.sequences.remove(id, retain=retain, wanted=wanted)
 
@@ -267,7 +274,8 @@ class Scheduler:
         slots = running.decode_slots
         if running.asked:
             slots = running.decode_slots_but([*running.asked], [])
-        n_left = running.most[slots] - running.computed[slots]
+        most = np.minimum(running.most[slots], self.limits.most_cells)
+        n_left = most - running.computed[slots]
         attended = self.attention.of_all()
         return self.drafting.view(
             slots, running.owner[slots], n_left, attended, self.cost, self.padding.graph
@@ -280,7 +288,7 @@ class Scheduler:
         PlanError, and nothing has changed, when the plan breaks a rule."""
         if self.idle:
             return self._without_rows()
-        if self._needs_pool:
+        if self._outgrown:
             return self._become_pool()
         sequences = self.sequences
         sequences.now, self.idle_sequences.ready_at = now, None
@@ -316,7 +324,8 @@ class Scheduler:
         admission.cache.drop_all()
         operations = self.take_kv_operations()
         (self.limits, sharing), self._pool = self._pool, None
-        self._needs_pool, self._n_cells_behind = False, 0
+        self._outgrown.clear()
+        self._n_cells_behind = 0
         limits = self.limits
         self.accounting.reset(limits.n_cells, True, limits.n_cells_seq)
         for id, prefix in admission.restart(sharing):
@@ -369,6 +378,17 @@ class Scheduler:
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
         self._progress.advance(step, n, now, drafted)
+        if self._pool is not None:
+            self._reached_ends(step)
+
+    def _reached_ends(self, step: Step) -> None:
+        """Those whose stream is full need a pool for the token that they have sampled last. An
+        interactive one does when its owner asks for another."""
+        running = self.sequences.running
+        full = step.decode[running.computed[step.decode] == self.limits.most_cells]
+        for id in (running.owner[full] - 1).tolist():
+            if running.ids[id].view.goal is None:
+                self._outgrown.add(id)
 
     def advance_alone(self, step: Step, n: int, now: float, seconds: float) -> None:
         """The step of an interactive sequence that was alone, once computed and advanced, was

@@ -177,12 +177,11 @@ class StepBuilder:
         """How often it may be computed of the `repeat` times that it is planned for: as far as
         budgets, cells and gaps allow. Cells for that are emptied."""
         running, accounting = self._sequences.running, self.accounting
-        n_rows = step.n_rows
+        n_rows, most_cells = step.n_rows, self._limits.most_cells
         if step.drafts:
             drafted = step.drafts.values()
-            n_rows = (
-                n_rows * (1 + max(drafted)) if self._limits.even_rows else n_rows + sum(drafted)
-            )
+            widest = 1 + max(drafted)
+            n_rows = n_rows * widest if self._limits.even_rows else n_rows + sum(drafted)
         asked, most = bool(running.asked), n_rows * repeat
 
         def fitting(n: int, cells: int) -> int:
@@ -190,12 +189,15 @@ class StepBuilder:
 
         if repeat > 1:
             if not asked:
-                each = (running.most - running.computed).take(step.decode)
+                ends = np.minimum(running.most, most_cells)  # a stream is full there
+                each = (ends - running.computed).take(step.decode)
                 left = int(each.min())
                 if step.drafts:  # of the rows of all steps no more stay than tokens are left
                     most = int(each.sum()) + n_rows - step.n_rows
+                    if (ends < running.most).any():  # where a step fills several cells of a stream
+                        left //= widest
             elif len(step.decode) == n_rows == len(running.ids) == 1 and self._alone():
-                left = self._limits.most_cells - int(running.computed[step.decode[0]])
+                left = most_cells - int(running.computed[step.decode[0]])
             else:
                 left = 1
             repeat = fitting(max(1, min(repeat, left)), accounting.free)

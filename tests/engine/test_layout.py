@@ -61,7 +61,7 @@ def test_another_layout_is_refused(model: Model) -> None:
 
 
 def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) -> None:
-    short, long = prompt(40), prompt(900, 7)
+    short, long = prompt(40), prompt(1100, 7)
     with engine_on(model, kv_unified=True, n_ctx=2048) as engine:
         expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
     with engine_on(model, n_ctx=2048, speculate="auto") as engine:
@@ -86,6 +86,30 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
         again = engine.generate([short, long], [greedy(300), greedy(200)])
         assert [r.tokens for r in again] == expected
         assert engine.stats().prefix_tokens > 0  # the cache works in the pool, too
+
+
+@pytest.mark.parametrize("options", [{}, {"speculate": "auto"}], ids=["plain", "drafts"])
+def test_an_answer_that_outgrows_its_stream_goes_on_with_the_same_tokens(
+    model: Model, options: dict[str, Any]
+) -> None:
+    short, long = prompt(40), prompt(450, 7)
+    with engine_on(model, kv_unified=True, n_ctx=1024) as engine:
+        expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
+    with engine_on(model, n_ctx=1024, **options) as engine:
+        results = engine.generate([short, long], [greedy(300), greedy(200)])
+        assert [r.tokens for r in results] == expected
+        assert engine.limits.unified
+        assert engine.stats().preemptions > 0
+        assert engine.stats().restarts == 0
+
+
+def test_a_large_budget_alone_is_no_reason_for_a_pool(model: Model) -> None:
+    with engine_on(model, n_ctx=1024) as engine:
+        stop = engine.generate([prompt(40)], greedy(30))[0].tokens[10]
+        params = greedy(900, stop_token_ids=[stop])
+        assert len(engine.generate([prompt(40)], params)[0].tokens) <= 11
+        assert not engine.limits.unified
+        assert engine.stats().preemptions == 0
 
 
 def test_too_long_is_what_even_the_pool_can_not_hold(model: Model) -> None:

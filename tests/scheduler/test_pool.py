@@ -57,6 +57,63 @@ def test_what_fits_the_pool_no_more_than_a_stream_is_refused() -> None:
     assert not m.moved["pool"]
 
 
+def test_a_large_budget_is_no_reason_for_a_pool() -> None:
+    """Those beside it are computed as they were, and it has the cells of a stream."""
+    m = machine()
+    m.add(0, 30, 20, 20)
+    m.step()
+    m.add(1, 2, 250, 60)
+    m.run()
+    assert not m.moved["pool"]
+    assert m.scheduler.counters.preemptions == 0
+    assert m.generated == {0: 20, 1: 60}
+
+
+def test_an_answer_that_reaches_the_end_of_its_stream_goes_on_in_a_pool() -> None:
+    m = machine()
+    m.add(0, 30, 60, 60)
+    m.add(1, 40, 200, 90)
+    while m.step_many(1000) is not None:
+        if not m.moved["pool"]:
+            assert len(m.tokens[1]) <= 101
+    assert m.moved["pool"] == 1
+    assert m.generated == {0: 60, 1: 90}
+
+
+def test_an_answer_that_ends_with_its_stream_needs_no_pool() -> None:
+    m = machine()
+    m.add(0, 40, 200, 61)  # the last one is never computed
+    m.run()
+    assert not m.moved["pool"]
+
+
+def test_one_that_is_gone_before_it_runs_makes_no_pool() -> None:
+    m = machine()
+    m.add(0, 30, 20, 20)
+    m.step()
+    m.add(1, 200, 20, 20)
+    m.remove(1)
+    m.run()
+    assert not m.moved["pool"]
+    assert not m.scheduler.limits.unified
+
+
+def test_an_interactive_sequence_has_a_pool_when_its_owner_asks_for_one_more_token() -> None:
+    m = machine()
+    m.add_interactive(0, 100)
+    m.run()
+    m.scheduler.interactive.ask(0)
+    m.run()
+    assert len(m.tokens[0]) == 101
+    m.add(1, 30, 20, 20)
+    m.run()
+    assert not m.moved["pool"]
+    m.scheduler.interactive.ask(0)
+    m.trim(0, 50)  # its owner goes back
+    m.run()
+    assert not m.moved["pool"]
+
+
 @settings(max_examples=60)
 @given(
     st.lists(
