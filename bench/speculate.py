@@ -2,8 +2,8 @@
 
 In each run N texts of the set (`bench/texts`) are asked at once, and answered until they end or
 have `--tokens` tokens. What repeats its prompt is answered greedily, chats with the default
-sampling: the tokens are the same with drafts and without, but for rounding. Our engines answer the
-same texts at once, in turns (`bench/turns.py`), each in its own time; the server follows them.
+sampling: the tokens are the same with drafts and without, but for rounding. All arms answer the
+same texts at once, in turns (`bench/turns.py`), each in its own time.
 
 `t_pp` is the time until every sequence has its first token, so that no prompt is in the speed;
 `t_tg` is the time that `--tokens` tokens take from then on at what a token takes on average (TPOT)
@@ -25,7 +25,7 @@ from bench.case import Case, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.serve import ServeArm, llama_server, measure
 from bench.serving import ServerProcess
-from bench.speculates import REPEATING, SAMPLING, InTurns, ServerSpeculates, SideBySide
+from bench.speculates import REPEATING, SAMPLING, EngineSpeculates, ServerSpeculates, SideBySide
 from bench.targets import Target, speed_ratio
 from bench.texts import FREE
 from bench.tools import tool
@@ -159,13 +159,13 @@ def drafter_of(options: argparse.Namespace) -> str | None:
 def all_arms(inside: InProcess, drafter: str | None) -> list[ServeArm]:
     beside = defaultdict[Case, SideBySide](SideBySide)
 
-    def engine(case: Case, *, options: dict[str, Any]) -> InTurns:
-        return InTurns(case, inside.model, options, beside[case])
+    def engine(case: Case, *, options: dict[str, Any]) -> EngineSpeculates:
+        return EngineSpeculates(case, inside.model, options, beside[case])
 
     def server(case: Case) -> ServerSpeculates:
         command = [*llama_server(case, backend_sampling=False), "--spec-type", "ngram-simple"]
         process = ServerProcess(command, cache_folder("logs") / f"{SERVER}.log")
-        return ServerSpeculates(case, inside.model, process)
+        return ServerSpeculates(case, inside.model, process, beside[case])
 
     includes = "Engine in this process, a thread for each reader; no HTTP; its own time, in turns"
     drafting = [ServeArm(DRAFT, includes, partial(engine, options={"speculate": drafter}))]

@@ -12,7 +12,7 @@ from typing import Any, cast
 from bench.case import I32, Case, Measured
 from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, events_of
 from bench.texts import FREE, texts
-from bench.turns import Turn, Turns
+from bench.turns import EngineTurn, ProcessTurn, Turn, Turns
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
@@ -22,6 +22,22 @@ from pyllamabatch.step.sampling_params import SamplingParams
 
 REPEATING = "repeating"
 SAMPLING = {REPEATING: "greedy", FREE: "default"}
+
+
+class SideBySide:
+    """What answers the same texts of a case at once, in turns."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.members: list[Speculates] = []
+        self._found: dict[Speculates, Future[Measured]] = {}
+
+    def run(self, member: "Speculates", repeat: int) -> Measured:
+        """The first one who asks waits for all of them."""
+        if member not in self._found:
+            with ThreadPoolExecutor(len(self.members)) as threads:
+                self._found = {one: threads.submit(one.answer, repeat) for one in self.members}
+        return self._found.pop(member).result()
 
 
 class Speculates(Clients):
@@ -37,7 +53,13 @@ class Speculates(Clients):
             own = [one.prompt for one in default_prompts()]
             self._each = -(-len(own) // case.pl)
         self._prompts = [prompt_of(model, prompt) for prompt in own]
-        self.turn: Turn | None = None  # of its engine, beside others
+        self.turn: Turn | None = None
+        self._others: SideBySide | None = None
+
+    def join(self, others: SideBySide, turn: Turn) -> None:
+        """It runs when these do."""
+        self._others, self.turn = others, turn
+        others.members.append(self)
 
     def now(self) -> float:
         """Seconds, of its own clock where it takes turns with others."""
@@ -55,6 +77,9 @@ class Speculates(Clients):
         list(self.times(self._prompts[-1][:32], 4, 0))
 
     def run(self, repeat: int) -> Measured:
+        return self._others.run(self, repeat) if self._others else self.answer(repeat)
+
+    def answer(self, repeat: int) -> Measured:
         case, n = self.case, self.case.pl
         before = self.counts()
         cpu_seconds = self.turn.cpu_seconds if self.turn else time.process_time
@@ -101,7 +126,13 @@ class Speculates(Clients):
 
 
 class EngineSpeculates(Speculates, EngineClients):
-    def __init__(self, case: Case, model: Model, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        case: Case,
+        model: Model,
+        options: dict[str, Any],
+        others: SideBySide | None = None,
+    ) -> None:
         super().__init__(case, model)
         self._engine = Engine(
             model,
@@ -111,6 +142,8 @@ class EngineSpeculates(Speculates, EngineClients):
             n_threads_batch=case.n_threads,
             **options,
         )
+        if others:
+            self.join(others, EngineTurn(others.turns, self._engine))
 
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
         greedy = {"temperature": 0.0} if self.case.sampling == "greedy" else {}
@@ -128,51 +161,10 @@ class EngineSpeculates(Speculates, EngineClients):
         }
 
 
-class SideBySide:
-    """Engines of a case that answer the same texts at once, in turns."""
-
-    def __init__(self) -> None:
-        self._turns = Turns()
-        self._members: list[InTurns] = []
-        self._found: dict[InTurns, Future[Measured]] = {}
-
-    def join(self, member: "InTurns", engine: Engine) -> Turn:
-        self._members.append(member)
-        return self._turns.of(engine)
-
-    def leave(self, member: "InTurns") -> None:
-        self._members.remove(member)
-
-    def run(self, member: "InTurns", repeat: int) -> Measured:
-        """The first one who asks waits for all of them."""
-        if member not in self._found:
-            with ThreadPoolExecutor(len(self._members)) as threads:
-                self._found = {one: threads.submit(one.answer, repeat) for one in self._members}
-        return self._found.pop(member).result()
-
-
-class InTurns(EngineSpeculates):
-    """An engine among others."""
-
-    def __init__(
-        self, case: Case, model: Model, options: dict[str, Any], others: SideBySide
-    ) -> None:
-        super().__init__(case, model, options)
-        self._others = others
-        self.turn = others.join(self, self._engine)
-        self.answer = super().run
-
-    def run(self, repeat: int) -> Measured:
-        return self._others.run(self, repeat)
-
-    def close(self, *, now: bool = False) -> None:
-        super().close(now=now)
-        if not now:
-            self._others.leave(self)
-
-
 class ServerSpeculates(Speculates, HttpClients):
-    def __init__(self, case: Case, model: Model, process: ServerProcess) -> None:
+    def __init__(
+        self, case: Case, model: Model, process: ServerProcess, others: SideBySide
+    ) -> None:
         HttpClients.__init__(self, case, model.n_vocab, process, 300.0)
         Speculates.__init__(self, case, model)
         self._body = request_body(case.sampling) | {
@@ -181,6 +173,7 @@ class ServerSpeculates(Speculates, HttpClients):
             "stream": True,
         }
         self._timings = {"drafted": 0.0, "accepted": 0.0}
+        self.join(others, ProcessTurn(others.turns, process.pid))
 
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
         own = {"prompt": prompt.tolist(), "n_predict": tokens, "seed": seed, "return_tokens": True}
@@ -194,7 +187,7 @@ class ServerSpeculates(Speculates, HttpClients):
                     else len(values["tokens"])
                 )
                 n_before += n
-                yield from [time.perf_counter()] * n
+                yield from [self.now()] * n
                 timings = values.get("timings", {}) if values["stop"] else {}
                 self._timings["drafted"] += timings.get("draft_n", 0)
                 self._timings["accepted"] += timings.get("draft_n_accepted", 0)

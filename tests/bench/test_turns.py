@@ -1,10 +1,13 @@
 """Engines that take turns: one computes at a time, and each clock runs in its own time alone."""
 
+import subprocess
+import sys
 import time
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
 from bench import turns
@@ -39,7 +42,9 @@ def test_one_computes_at_a_time_and_each_has_its_own_clock(
     machine, both = Machine(), turns.Turns()
     clocks, began = dict[str, float](), time.perf_counter()
     engines = {name: machine.engine(name) for name in ("a", "b")}
-    members = {name: both.of(cast(Engine, engine)) for name, engine in engines.items()}
+    members = {
+        name: turns.EngineTurn(both, cast(Engine, engine)) for name, engine in engines.items()
+    }
 
     def work(name: str, n_steps: int) -> None:
         for _ in range(n_steps):
@@ -80,7 +85,8 @@ def test_a_call_of_many_steps_is_interrupted_when_another_one_waits(
 
     core, short = SimpleNamespace(step=long_step), Machine().engine("b")
     long = SimpleNamespace(_core=core, _stepper=SimpleNamespace(interrupt=interrupt))
-    first, second = both.of(cast(Engine, long)), both.of(short)
+    first = turns.EngineTurn(both, cast(Engine, long))
+    second = turns.EngineTurn(both, short)
     with first, second:
         thread = Thread(target=long._core.step)
         thread.start()
@@ -92,7 +98,29 @@ def test_a_call_of_many_steps_is_interrupted_when_another_one_waits(
 def test_who_takes_no_part_waits_for_no_other() -> None:
     both, machine = turns.Turns(), Machine()
     one, other = machine.engine("a"), machine.engine("b")
-    with both.of(cast(Engine, one)):
-        both.of(cast(Engine, other))
+    with turns.EngineTurn(both, cast(Engine, one)):
+        turns.EngineTurn(both, cast(Engine, other))
         other._core.step()  # returns, although it is not its turn
     assert machine.by == ["b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal that stops a process")
+def test_a_process_computes_in_its_turn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "SLICE", 0.05)
+    both, engine = turns.Turns(), Machine().engine("a")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        used = psutil.Process(child.pid)
+        try:
+            mine = turns.EngineTurn(both, engine)
+            with mine, turns.ProcessTurn(both, child.pid) as its:
+                stopped = used.cpu_times().user
+                for _ in range(3):
+                    engine._core.step()
+                assert its.seconds() == 0  # its turn has not come
+                assert used.cpu_times().user - stopped <= 0.02  # two ticks
+                while mine.seconds() < 0.2:
+                    engine._core.step()
+                assert its.seconds() >= 2 * 0.05
+            assert used.status() != psutil.STATUS_STOPPED
+        finally:
+            child.kill()
