@@ -1,9 +1,6 @@
 """Routers of a fleet with common prefixes: live, and simulated by the same objects.
 
-32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
-and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
-The cells of each replica hold the prefixes of half of the users, so that those of all fit into the
-fleet once, not twice.
+The chats of `bench.chats`. The cells of each replica hold the prefixes of half of the users.
 
 The clients begin at once, and a live fleet meets them in any order: which prefix lies where follows
 from that, and so does the hit rate of a run. The simulation is the mean of many orders,
@@ -16,11 +13,8 @@ its engine, on its way through a fleet, which is measured before, too. Wants the
 """
 
 import argparse
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,71 +28,50 @@ from typing import Any, NamedTuple
 import httpx
 
 from bench import harness
-from bench.cache import REPOSITORY, cache_folder
+from bench.beside_others import calibrated, own_profiles
+from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, ModelFile, cases_of
+from bench.chats import (
+    CHATS,
+    CLIENTS,
+    N_SLOTS,
+    USERS,
+    Sizes,
+    complete,
+    order,
+    talk,
+    trace,
+)
 from bench.fleet import STOP_S
 from bench.models import resolve
 from bench.options import add_file, add_run, choose
 from bench.serving import ServerProcess
 from bench.targets import Figure, Target
-from bench.tools import ToolError
 from bench.views import Column, by_arm, median_of
 from pyllamabatch.compare.completion import HOST
-from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import Profile, file_name, load_profile, profile_folder
+from pyllamabatch.cost.profile import load_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileMachine
 from pyllamabatch.report.meters import OtherCores, descendants
 from pyllamabatch.report.records import Record
-from pyllamabatch.sim import EngineSpec, TraceRequest, simulate
+from pyllamabatch.sim import EngineSpec, simulate
 from pyllamabatch.sim.replica import OVERHEAD
-from pyllamabatch.step.sampling_params import SamplingParams
 from tools.live import spec_of
 from tools.serve_load import metrics_of
 
 REPLICAS = 2
-USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
-N_QUESTION = 12  # tokens
-N_SLOTS = 4  # of a replica
-N_ORDERS = 16  # of the clients, that are simulated
+N_ORDERS = 8  # of the clients, that are simulated
 N_ON_THE_WAY = 10  # requests of each client whose way is timed
 TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
 LIVE, SIMULATED = "live", "simulated"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
-QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "repeats": 1}
-
-
-class Sizes(NamedTuple):
-    """Tokens of a user's prefix and of an answer."""
-
-    n_prefix: int = 800
-    n_answer: int = 16
-
-    @property
-    def n_turn(self) -> int:
-        return N_QUESTION + self.n_answer
-
-    @property
-    def n_cells(self) -> int:
-        """Of a replica."""
-        n_chat = TURNS * self.n_turn
-        return (USERS // 2) * self.n_prefix + (CHATS // 2) * n_chat + N_SLOTS * n_chat
-
-    @property
-    def n_prompts(self) -> int:
-        """Tokens of all prompts."""
-        first = self.n_prefix + N_QUESTION
-        return sum(first + i * self.n_turn for i in range(TURNS)) * CHATS
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"n_kv_max": self.n_cells}
+QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "rounds": 1, "repeats": 1}
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    return Sizes(options.prefix, options.answer)
+    return Sizes(options.prefix, options.answer, options.rounds)
 
 
 class Variant(NamedTuple):
@@ -159,7 +132,7 @@ TARGETS = (
         "two replicas: prefix hits of prefix affinity over round robin, live",
         hits_ratio(LIVE),
         at_least=1.7,
-        where=Sizes().settings,
+        where={"n_kv_max": Sizes().n_cells},
     ),
     *(
         Target(f"{router}: tokens/s simulated over live", speed_off(router), 0.95, 1.05)
@@ -180,13 +153,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens of a user's prefix")  # fmt: skip
     parser.add_argument("--answer", type=int, default=default.n_answer, metavar="N",
                         help="tokens of an answer")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=default.n_rounds, metavar="N",
+                        help="how often there are all chats")  # fmt: skip
     parser.add_argument("--machine", default="", metavar="PROFILE", help="instead of a model")
     parser.add_argument(
         "--calibrate", type=float, default=60.0, metavar="S", help="to measure the device"
     )
     parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.set_defaults(kv="unified", sampling="default")
-    add_run(parser, repeats=6)
+    add_run(parser, repeats=3)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -205,12 +180,14 @@ def main(options: argparse.Namespace) -> int:
                 spec = spec_on(options, model)
         sizes = sizes_of(options)
         n_prompt = sizes.n_prompts // CLIENTS
-        n_answer = CHATS * TURNS * sizes.n_answer // CLIENTS
+        n_answer = sizes.n_requests * sizes.n_answer // CLIENTS
         (case,) = cases_of(options, file, n_prompt, n_answer, [CLIENTS])
         if any(one.kind == SIMULATED for one in chosen):
             spec = replace(spec, latency=way(options, case))
         arms = [arm_of(one, options, spec) for one in chosen]
-        title = f"{CHATS} chats of {USERS} users on {options.replicas} replicas"
+        title = (
+            f"{CHATS} chats of {USERS} users, {sizes.n_rounds} rounds, {options.replicas} replicas"
+        )
         running = measure(arms, case, about, options)
         return harness.show(options, running, len(arms) * options.repeats, title,
                             options.machine or None)  # fmt: skip
@@ -255,136 +232,34 @@ def measure(
             yield recorder.run(arm, own, repeat, partial(arm.run, own))
 
 
-class Asked(NamedTuple):
-    """A turn of a chat of a user, by a client."""
-
-    client: int
-    user: int
-    chat: int
-    turn: int
-
-
-def order(seed: int) -> list[list[Asked]]:
-    """What each client asks, one after the other: turn by turn, its chats in another order."""
-    rng = random.Random(seed)
-    found: list[list[Asked]] = []
-    for client in range(CLIENTS):
-        chats = [client + CLIENTS * i for i in range(CHATS // CLIENTS)]
-        found.append([
-            Asked(client, (chat + chat // CLIENTS) % USERS, chat, turn)
-            for turn in range(TURNS) for chat in rng.sample(chats, len(chats))
-        ])  # fmt: skip
-    return found
-
-
 # -- simulated
 
 
 def spec_on(options: argparse.Namespace, model: Model | None) -> EngineSpec:
     """The twin of a replica's engine."""
-    threads = threads_of(options)
+    own = own_of(options)
     if model is None:
         profile = load_profile(options.machine)
     else:
-        profile = calibrated(options, model, threads)
+        seconds, n_others = options.calibrate, options.replicas - 1
+        profile = calibrated(model, options.gpu_layers, seconds, n_others, **own)
     cost = CostModel.fit(profile, unified=True)
-    with Engine(
-        model, machine=options.machine or None, kv_unified=True, **cells_of(options), **threads
-    ) as engine:
+    with Engine(model, machine=options.machine or None, **own) as engine:
         return spec_of(engine, OVERHEAD, cost=cost)
 
 
-def threads_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {"n_threads": options.threads, "n_threads_batch": options.threads}
-
-
-def cells_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {"n_seq_max": N_SLOTS, "n_ctx": sizes_of(options).n_cells}
-
-
-def calibrated(options: argparse.Namespace, model: Model, threads: dict[str, Any]) -> Profile:
-    """The device as one replica has it, saved for the live ones."""
-    print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
-    others = [keeping_busy(options, model) for _ in range(options.replicas - 1)]
-    try:
-        for one in others:
-            assert one.stdout is not None
-            if not one.stdout.readline():
-                raise ToolError("a process that should keep a core busy has ended")
-        profile = calibrate(
-            model, budget=options.calibrate, layouts=("unified",), beside=[o.pid for o in others],
-            n_seq_max=N_SLOTS + 1, **threads,
-        )  # fmt: skip
-        if any(one.poll() is not None for one in others):
-            raise ToolError("a process that should keep a core busy has ended meanwhile")
-    finally:
-        for one in others:
-            one.kill()
-            one.communicate()
-    profile.save(profile_folder() / file_name(profile.key))
-    return profile
-
-
-@contextmanager
-def own_profiles() -> Iterator[None]:
-    """Profiles are saved where this process and the live replicas alone look for them."""
-    name = "PYLLAMABATCH_CACHE"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            del os.environ[name]
-            if before is not None:
-                os.environ[name] = before
-
-
-def keeping_busy(options: argparse.Namespace, model: Model) -> subprocess.Popen[str]:
-    """A process that computes as a replica does. It writes a line when it begins."""
-    given = {name: getattr(options, name) for name in ("gpu_layers", "threads", "prefix", "answer")}
-    words = f"{model.path!r}, {os.getpid()}, **{given!r}"
-    call = f"from bench.routes import keep_busy; keep_busy({words})"
-    return subprocess.Popen([sys.executable, "-c", call], cwd=REPOSITORY, stdout=subprocess.PIPE,
-                            text=True)  # fmt: skip
-
-
-def keep_busy(path: str, parent: int, **given: Any) -> None:
-    """While `parent` lives, the process that started this one."""
-    options, rng = argparse.Namespace(**given), random.Random(1)
-    threads = threads_of(options)
-    with (
-        Model(path, n_gpu_layers=options.gpu_layers) as model,
-        Engine(model, kv_unified=True, **cells_of(options), **threads) as engine,
-    ):
-        print("begins", flush=True)
-        while os.getppid() == parent:
-            prompts = [drawn(rng, options.prefix // 4) for _ in range(N_SLOTS)]
-            engine.generate(prompts, SamplingParams(max_tokens=options.answer, ignore_eog=True))
-
-
-def trace(asked: Sequence[Sequence[Asked]], sizes: Sizes) -> list[TraceRequest]:
-    """The same requests; pieces of users, questions and answers are numbers of their own."""
-    found: list[TraceRequest] = []
-    for ones in asked:
-        after: int | None = None
-        for one in ones:
-            id = len(found)
-            content = [(one.user, sizes.n_prefix)]
-            for turn in range(one.turn + 1):
-                piece = USERS + 2 * (one.chat * TURNS + turn)
-                content += [(piece, N_QUESTION), (piece + 1, sizes.n_answer)]
-            *content, (answer, n_answer) = content
-            n_prompt = sum(n for _, n in content)
-            found.append(TraceRequest(id, 0.0, n_prompt, n_answer, tuple(content), answer, after))
-            after = id
-    return found
+def own_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a replica's engine is."""
+    return {
+        "n_threads": options.threads, "n_threads_batch": options.threads, "kv_unified": True,
+        "n_seq_max": N_SLOTS, "n_ctx": sizes_of(options).n_cells,
+    }  # fmt: skip
 
 
 def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: Case) -> Measured:
     rng, rates, seconds = random.Random(case.seed), list[float](), list[float]()
     for _ in range(N_ORDERS):
-        clients = order(case.seed)
+        clients = order(case.seed, options.rounds)
         rng.shuffle(clients)
         requests = trace(clients, sizes_of(options))
         run = simulate(requests, spec, n_replicas=options.replicas, router=router)
@@ -396,7 +271,7 @@ def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: 
         "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": spec.latency,
         "other_cpu": 0.0,
     }  # fmt: skip
-    return Measured(0.0, fmean(seconds), sizes_of(options).settings, detail)
+    return Measured(0.0, fmean(seconds), {"n_kv_max": sizes_of(options).n_cells}, detail)
 
 
 # -- live
@@ -450,39 +325,9 @@ def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
     with fleet(options, router, case) as client:
         others = OtherCores(descendants())
         before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
-        talk(client, order(case.seed), case.seed, sizes_of(options))
+        talk(client, order(case.seed, options.rounds), case.seed, sizes_of(options))
         seconds, other_cpu = time.perf_counter() - began, others.used()
         after = metrics_of(client.get("/metrics").text)
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
     detail = {"hit_rate": hits / known, "other_cpu": other_cpu}
-    return Measured(0.0, seconds, sizes_of(options).settings, detail)
-
-
-def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int, sizes: Sizes) -> None:
-    """Every client to its end. Prompts are random tokens, and the answers that came."""
-    rng = random.Random(seed)
-    prefixes = [drawn(rng, sizes.n_prefix) for _ in range(USERS)]
-    questions = [[drawn(rng, N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
-    chats: dict[int, list[int]] = {}
-
-    def ask(ones: Sequence[Asked]) -> None:
-        for one in ones:
-            tokens = chats.setdefault(one.chat, list(prefixes[one.user]))
-            tokens += questions[one.chat][one.turn]
-            tokens += complete(client, tokens, sizes.n_answer)["tokens"]
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        list(pool.map(ask, asked))
-
-
-def drawn(rng: random.Random, n: int) -> list[int]:
-    """Tokens that every vocabulary has."""
-    return [rng.randrange(32, 127) for _ in range(n)]
-
-
-def complete(client: httpx.Client, tokens: list[int], n_answer: int) -> dict[str, Any]:
-    body = {"prompt": tokens, "n_predict": n_answer, "ignore_eos": True, "return_tokens": True}
-    answer = client.post("/completion", json=body)
-    answer.raise_for_status()
-    found: dict[str, Any] = answer.json()
-    return found
+    return Measured(0.0, seconds, {"n_kv_max": sizes_of(options).n_cells}, detail)

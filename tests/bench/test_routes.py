@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench import routes
+from bench import beside_others, chats, routes
 from bench.__main__ import main
 from bench.case import Case
 from bench.routes import AFFINITY, LIVE, SIMULATED, TURN_BY_TURN
@@ -23,16 +23,18 @@ from tests.support.made_up_costs import Linear
 from tests.support.made_up_rows import row
 from tests.support.served import serving
 
+ENGINE = {"n_threads": 1, "n_threads_batch": 1, "n_seq_max": 4, "n_ctx": 1024, "kv_unified": True}
+
 
 def test_clients_ask_what_is_simulated(
     embedded_model: Model,
 ) -> None:
-    asked, sizes = routes.order(3), routes.Sizes(40, 16)
-    requests = routes.trace(asked, sizes)
+    asked, sizes = chats.order(3, 2), chats.Sizes(40, 16, 2)
+    requests = chats.trace(asked, sizes)
     with serving(embedded_model) as served, httpx.Client(base_url=served.url) as client:
-        routes.talk(client, asked, 3, sizes)
+        chats.talk(client, asked, 3, sizes)
         stats = served.engine.stats()
-    assert stats.submitted == len(requests) == routes.CHATS * routes.TURNS
+    assert stats.submitted == len(requests) == sizes.n_requests
     assert stats.known_tokens == sizes.n_prompts
     assert stats.known_tokens == sum(request.n_prompt for request in requests)
     assert stats.tokens == sum(request.n_output for request in requests)
@@ -40,9 +42,9 @@ def test_clients_ask_what_is_simulated(
 
 def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     cost = Linear(10e-3, 0.4e-3)
-    n_cells = routes.Sizes().n_cells
-    spec = EngineSpec.of(cost, n_seq_max=routes.N_SLOTS, n_cells=n_cells)
-    options = argparse.Namespace(replicas=2, prefix=800, answer=16)
+    n_cells = chats.Sizes().n_cells
+    spec = EngineSpec.of(cost, n_seq_max=chats.N_SLOTS, n_cells=n_cells)
+    options = argparse.Namespace(replicas=2, prefix=800, answer=16, rounds=1)
     turns, affinity = (
         routes.simulated(spec, options, router, case) for router in (TURN_BY_TURN, AFFINITY)
     )
@@ -73,10 +75,10 @@ def test_a_neighbour_that_ends_makes_no_profile(
         return shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m")
 
     monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(routes, "keeping_busy", brief)
-    monkeypatch.setattr(routes, "calibrate", calibrate)
+    monkeypatch.setattr(beside_others, "keeping_busy", brief)
+    monkeypatch.setattr(beside_others, "calibrate", calibrate)
     with pytest.raises(ToolError, match="ended meanwhile"):
-        routes.calibrated(argparse.Namespace(replicas=2, calibrate=1.0), embedded_model, {})
+        beside_others.calibrated(embedded_model, 0, 1.0, 1, **ENGINE)
 
 
 @pytest.mark.parametrize("n", [0, 2])
@@ -92,19 +94,19 @@ def test_a_neighbour_ends_with_the_process_that_started_it(
 
     monkeypatch.setattr(Engine, "generate", generate)
     monkeypatch.setattr(os, "getppid", lambda: 7 if len(rounds) < n else 1)
-    routes.keep_busy(embedded_model.path, 7, gpu_layers=0, threads=1, prefix=40, answer=16)
+    beside_others.keep_busy(embedded_model.path, 0, 7, **ENGINE)
     assert len(rounds) == n
 
 
 def test_a_replica_has_the_layers_on_the_gpu_that_its_record_says(case: Case) -> None:
-    options = argparse.Namespace(replicas=3, machine="", prefix=800, answer=16)
+    options = argparse.Namespace(replicas=3, machine="", prefix=800, answer=16, rounds=1)
     words = routes.serve(options, AFFINITY, replace(case, n_gpu_layers=7))
     assert words[words.index("-ngl") + 1] == "7"
     assert "-ngl" not in routes.serve(options, AFFINITY, replace(case, n_gpu_layers=-1))
 
 
 def test_figures_compare_live_and_simulated() -> None:
-    n_cells = routes.Sizes().n_cells
+    n_cells = chats.Sizes().n_cells
     rows = [
         replace(row(routes.Variant(kind, router).name, 8, speed, hit_rate=rate), n_kv_max=n_cells)
         for kind, router, rate, speed in (
