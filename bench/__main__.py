@@ -11,7 +11,7 @@ from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
 from pyllamabatch.cli.command import sigterm_as_ctrl_c
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ProfileError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with sigterm_as_ctrl_c():
             return run(options)
-    except (ToolError, ArgumentError) as error:
+    except (ToolError, ArgumentError, ProfileError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
