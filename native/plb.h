@@ -267,8 +267,8 @@ void plb_interrupt(plb_engine * engine);
 #include "common/plb_chat.h"
 #include "guard/plb_guard.h"
 #include "sampling/plb_slots.h"
-#include "server/plb_send.h"
 #include "step/plb_drafts.h"
 #include "step/plb_ring.h"
+#include "server/plb_send.h"
 
 #endif /* PLB_H */

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..llama.vocab import Utf8Decoder
+from ..raw import ffi
 
 
 class Pieces(dict[int, bytes]):
@@ -55,21 +56,31 @@ class Pieces(dict[int, bytes]):
         return found
 
 
-class Texts(dict[int, bytes | None]):
-    """By token; None: not whole characters, so the text depends on its neighbours."""
+class Texts(dict[int, bytes]):
+    """By token, for native code: `struct` is a plb_texts of those that were learnt."""
 
     def __init__(self, pieces: Pieces, encode: Callable[[str], bytes]) -> None:
         super().__init__()
         self._pieces = pieces
         self._encode = encode
+        self.struct = ffi.new("plb_texts *")
+        self._entries = ffi.new("plb_text[]", 0)
 
-    def __missing__(self, token: int) -> bytes | None:
+    def learn(self, token: int) -> None:
+        """Of what is not whole characters there is no text: that depends on its neighbours."""
+        if (n := self.struct.n) <= token:
+            more = ffi.new("plb_text[]", max(2 * n, token + 1))
+            ffi.memmove(more, self._entries, ffi.sizeof(self._entries))
+            self._entries = self.struct.of = more
+            self.struct.n = len(more)
+        entry = self._entries[token]
         (piece,) = self._pieces.of([token])
         try:
             self[token] = text = self._encode(piece.decode())
         except UnicodeDecodeError:
-            self[token] = text = None
-        return text
+            entry.n = -1
+        else:
+            entry.data, entry.n = ffi.from_buffer(text), len(text)
 
 
 class Harmless:

@@ -1,96 +1,119 @@
 """Followers: what is new of many streams, given in one pass of the event loop for each step.
 
-A token whose text stands alone goes straight from the page to a `TextWriter`. All else is a `Chunk`
-of the stream."""
+A token whose text stands alone goes straight from the page to a `TextWriter`'s sink. All else is a
+`Chunk` of the stream."""
 
 from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..step.ring_reader import Page
+from .detokenizer import Texts
 from .relays import Relay
 from .results import Chunk
-from .stream import Stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .stream import Column, Stream
 
 Take = Callable[[Chunk], Awaitable[None] | None]
 """Gets what is new. What it returns is awaited before it gets more."""
 
 
 class TextSink(Protocol):
-    """Takes what `TextWriter.write` would get, of many streams at once."""
+    """The way of a stream's texts out, past its `write`. All of a loop are of one class."""
 
     @classmethod
     @abstractmethod
+    def table(cls) -> SinkTable:
+        """For those of one loop."""
+
+    @property
+    @abstractmethod
+    def is_free(self) -> bool:
+        """What it takes now comes behind all that was written."""
+
+    @abstractmethod
+    def write(self, rest: bytes) -> Awaitable[None] | None:
+        """What it did not take of a text, with what is around that."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class SinkTable(Protocol):
+    """Followers whose sinks take what is new of a step, all at once."""
+
+    @abstractmethod
+    def put(self, one: Follower, column: Column) -> None:
+        """Its next token is there. Sets `row`."""
+
+    @abstractmethod
+    def drop(self, one: Follower) -> None:
+        """Brings its `index` and `took_s` up to date, and sets `row` to -1."""
+
+    @abstractmethod
     def send(
-        cls, sinks: Sequence[Self], texts: Sequence[bytes]
-    ) -> Iterable[tuple[int, Awaitable[None]]]:
-        """Each gets its text, without `before` and `after`. Yields what is awaited before sink i
-        gets more. Does not raise."""
+        self, now: float, observe: Callable[[float, int], None]
+    ) -> Iterable[tuple[Follower, bytes | None]]:
+        """Those that have had a token of which their sink did not take all: and what is left; or
+        None: they have other news. They may be dropped meanwhile. `observe`: see `Followers`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextWriter:
     """A `Take` that wants the text only: `write` gets `before`, the text as `encode` gives it, and
-    `after`. `encode` gives the same for a text as for its parts one after the other. `sink`: does
-    the same as `write`; all of a loop are of one class."""
+    `after`. `encode` gives the same for a text as for its parts one after the other. `sink()`:
+    what does the same as `write`, and is closed at the end."""
 
     before: bytes
     after: bytes
     encode: Callable[[str], bytes]
     write: Callable[[bytes], Awaitable[None] | None]
-    sink: TextSink | None = None
+    sink: Callable[[], TextSink] | None = None
 
     def __call__(self, chunk: Chunk) -> Awaitable[None] | None:
         return self.write(self.before + self.encode(chunk.text) + self.after)
 
 
-NO_WRITER = TextWriter(b"", b"", str.encode, lambda content: None)
-
-
 class Follower:
     """One stream, of which `take` has had `index` tokens. `ended` is done behind the last of it, or
-    has the exception of `take`."""
+    has the exception of `take`. While it is in the table, that knows how far it is."""
 
     __slots__ = (
-        "ahead", "at", "blocked", "ended", "index", "page", "slot", "stream", "take", "texts",
-        "took_s", "turn", "writer",
+        "blocked", "ended", "index", "page", "row", "sink", "stream", "take", "texts", "took_s",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
         self.stream = stream
         self.take = take
-        self.writer = writer = take if isinstance(take, TextWriter) else NO_WRITER
-        self.texts = stream._texts(writer.encode)
         self.index = 0
         self.took_s = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.blocked: asyncio.Future[None] | None = None
+        self.row = -1  # in the table
         self.page: Page | None = None
-        self.slot = self.turn = 0  # of the page's column, see `Column`
-        self.ahead = self.at = 0  # of `index`: where that is in the column, and in the page
-
-    def find(self) -> None:
-        """Its next token, where that is enough."""
-        column = None if self.writer is NO_WRITER else self.stream._column(self.index)
-        if column is None:
-            self.page = None
-        else:
-            self.page, self.slot, at, self.turn = column
-            self.ahead = at - self.index
-            self.at = self.ahead + self.slot * self.page.token.shape[1]
+        self.sink: TextSink | None = None
+        self.texts: Texts | None = None
 
     def has_news(self) -> bool:
-        """There may be more than it has had, where the page alone does not tell."""
+        """There may be more than it has had."""
         stream = self.stream
         return stream._page is not None or len(stream._tokens) != self.index or stream.done
+
+    def find(self) -> Column | None:
+        """Its next token, where its sink may take that."""
+        take = self.take
+        if not isinstance(take, TextWriter) or take.sink is None:
+            return None
+        column = self.stream._column(self.index)
+        if column is None:
+            return None
+        if self.sink is None:
+            self.sink, self.texts = take.sink(), self.stream._texts(take.encode)
+        return column if self.sink.is_free else None
 
 
 class Followers:
@@ -99,7 +122,8 @@ class Followers:
 
     def __init__(self, relay: Relay, observe: Callable[[float, int], None]) -> None:
         self._observe = observe
-        self._open: dict[Follower, None] = {}
+        self._open: dict[Follower, None] = {}  # those that are not in the table
+        self._table: SinkTable | None = None
         self._wake = relay.call_of(self._pass)
         self._told = False  # the loop is about to look
 
@@ -126,51 +150,22 @@ class Followers:
 
     def _pass(self) -> None:
         self._told = False  # before it looks
-        now, gaps = perf_counter(), dict[float, int]()
-        page: Page | None = None
-        shown: Sequence[int] = ()
-        to: list[Follower] = []
-        sinks, texts = list[TextSink](), list[bytes]()
+        now = perf_counter()
         for one in list(self._open):
-            if one.page is None:
-                if one.blocked is None and one.has_news():
-                    self._read(one, now)
-                continue
-            if one.page is not page:
-                page = one.page
-                shown, turns, tokens = page.shown, page.turns, page.tokens
-            index, text = one.index, None
-            n_new = shown[one.slot] - one.ahead - index
-            if turns[one.slot] == one.turn:  # looked at behind `shown`: what is there is its own
-                if n_new == 0:
-                    continue
-                if n_new == 1:
-                    text = one.texts[tokens[one.at + index]]
-            if text is None:
+            if one.blocked is None and one.has_news():
                 self._read(one, now)
+        if self._table is None:
+            return
+        for one, rest in self._table.send(now, self._observe):
+            self._drop(one)
+            if one not in self._open:  # it has ended meanwhile
                 continue
-            one.index = index + 1
-            gap = now - one.took_s
-            one.took_s = now
-            gaps[gap] = gaps.get(gap, 0) + 1
-            writer = one.writer
-            if writer.sink is not None:
-                to.append(one)
-                sinks.append(writer.sink)
-                texts.append(text)
-                continue
-            try:
-                blocked = writer.write(writer.before + text + writer.after)
-            except Exception as error:
-                self._end(one, error)
-            else:
+            if rest is not None and one.sink is not None:
+                blocked = one.sink.write(rest)
                 if blocked is not None:
                     self._wait_for(one, blocked)
-        if sinks:
-            for i, blocked in sinks[0].send(sinks, texts):
-                self._wait_for(to[i], blocked)
-        for gap, n in gaps.items():
-            self._observe(gap, n)
+                    continue
+            self._read(one, now)
 
     def _read(self, one: Follower, now: float) -> None:
         stream = one.stream
@@ -192,13 +187,27 @@ class Followers:
                     self._wait_for(one, blocked)
                     return
                 if not done:
-                    one.find()
+                    self._put(one)
                     return
         except Exception as error:
             self._end(one, error)
 
+    def _put(self, one: Follower) -> None:
+        """Into the table, where that is enough for its next token."""
+        column = one.find()
+        if column is None or one.sink is None:
+            return
+        if self._table is None:
+            self._table = one.sink.table()
+        self._table.put(one, column)
+        del self._open[one]
+
+    def _drop(self, one: Follower) -> None:
+        if one.row >= 0 and self._table is not None:
+            self._table.drop(one)
+            self._open[one] = None
+
     def _wait_for(self, one: Follower, blocked: Awaitable[None]) -> None:
-        one.page = None
         one.blocked = asyncio.ensure_future(blocked)
         one.blocked.add_done_callback(lambda blocked: self._go_on(one, blocked))
 
@@ -213,7 +222,10 @@ class Followers:
 
     def _end(self, one: Follower, error: BaseException | None = None) -> None:
         """It takes nothing more."""
+        self._drop(one)
         self._open.pop(one, None)
+        if one.sink is not None:
+            one.sink.close()
         if one.ended.done():
             return
         if error is None:

@@ -454,7 +454,7 @@ class Stream:
             page, behind = self._page, len(self._tokens) != index
             if page is None or behind or more_than_text or self._first_at is None:
                 return None
-            return Column(page, self._slot, self._n_taken, page.turns[self._slot])
+            return Column(page, self._slot, self._n_taken, int(page.turns[self._slot]))
 
     def _has_more(self) -> bool:
         """Whether the page has tokens that were not taken yet."""

@@ -9,6 +9,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -142,7 +143,8 @@ class EventStream(Response):
         answer, streams = self._answer, self._streams
         given = write_of(scope)
         write = given or (lambda content: send(_body(content)))
-        self._sink_of = scope["extensions"].get(TEXT_SINK) if given else None
+        alone = given is not None and len(streams) == 1
+        self._sink_of = scope["extensions"].get(TEXT_SINK) if alone else None
         held = HELD_BEGIN in (scope.get("extensions") or ()) and not answer.reports
         if begin := answer.begin():
             if held:
@@ -187,7 +189,7 @@ class EventStream(Response):
             reports = PromptReports(stream, report)
             taker = reports.before(take)
         elif around := answer.around(i):
-            sink = self._sink_of(*around) if self._sink_of and len(self._streams) == 1 else None
+            sink = partial(self._sink_of, *around) if self._sink_of else None
             taker = TextWriter(*around, _escaped, write, sink)
         try:
             await self._service.followers.follow(stream, taker)

@@ -64,12 +64,12 @@ class Page:
     token, step: int32, shape (n_seq_max, n_steps_max): the tokens of each sequence and the step
     that each is of. With `n_top` (a stepper's n_logprobs_max) also logprob, n_top and, with
     `n_top` columns, top_token and top_logprob; None without. Of sequence s the first `shown[s]`
-    entries are there: a reader goes by `shown`, which `show` brings up to date in one go. `tokens`
-    has all columns behind each other. `turns[s]` changes when what comes into column s is another
-    stream's."""
+    entries are there: a reader goes by `shown`, which `show` brings up to date in one go;
+    `shown_array` is the same, int32. `turns[s]` (int32) changes when what comes into column s is
+    another stream's."""
 
     __slots__ = (
-        "logprob", "n_tokens", "n_top", "shown", "step", "steps", "struct", "token", "tokens",
+        "logprob", "n_tokens", "n_top", "shown", "shown_array", "step", "steps", "struct", "token",
         "top_logprob", "top_token", "turns",
     )  # fmt: skip
 
@@ -78,7 +78,6 @@ class Page:
         self.steps = StepTable(n_steps_max)
         self.n_tokens = np.zeros(n_seq_max, dtype=np.int32)
         self.token = np.empty(shape, dtype=np.int32)
-        self.tokens = self.token.reshape(-1).data
         self.step = np.empty(shape, dtype=np.int32)
         self.logprob = self.n_top = self.top_token = self.top_logprob = None
         self.struct = struct = ffi.new("plb_page *")
@@ -97,11 +96,12 @@ class Page:
             struct.top_token = _pointer("int32_t *", self.top_token)
             struct.top_logprob = _pointer("float *", self.top_logprob)
         self.shown: list[int] = [0] * n_seq_max
-        self.turns: list[int] = [0] * n_seq_max
+        self.shown_array = self.n_tokens.copy()
+        self.turns = np.zeros(n_seq_max, dtype=np.int32)
 
     def show(self) -> None:
         """What was written since the last time is there from now on, for every thread."""
-        self.shown = self.n_tokens.tolist()
+        self.shown, self.shown_array = self.n_tokens.tolist(), self.n_tokens.copy()
         self.steps.n = self.struct.n_steps
 
     def top(self, seq: int, records: slice) -> list[dict[int, float]]:

@@ -1,14 +1,19 @@
 """Texts that go to sockets at once, as long as these take them."""
 
 import asyncio
-import socket
 import sys
 from typing import Any
 
 import pytest
-from uvicorn.protocols.http.flow_control import FlowControl
 
-from pyllamabatch.server.protocol import ChunkSink
+from pyllamabatch.engine.detokenizer import Pieces
+from pyllamabatch.engine.followers import Followers, TextWriter
+from pyllamabatch.engine.relays import Relay
+from pyllamabatch.engine.stream import Host, Stream
+from pyllamabatch.server.chunk_sink import ChunkSink
+from pyllamabatch.step.ring_reader import Page
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.connections import Connection, bodies
 
 if sys.platform == "win32":
     LOOPS = [asyncio.new_event_loop]
@@ -17,26 +22,72 @@ else:
 
     LOOPS = [uvloop.new_event_loop, asyncio.new_event_loop]
 
-BEFORE, AFTER = b'data: {"text":"', b'"}\n\n'
+N_STEPS = 2000
 
 
-class Paused(asyncio.Protocol):
-    """A connection that knows whether its transport wants a pause."""
+class Streams:
+    """Some, each with a connection of its own, that get the same tokens step by step. The text of
+    token i is `text(i)`."""
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.flow = FlowControl(transport)
+    def __init__(self, n: int) -> None:
+        self.page = Page(n, N_STEPS)
+        self.n_steps = 0
+        self.gaps: list[int] = []
+        self.sinks: list[ChunkSink] = []
+        relay = Relay(asyncio.get_running_loop())
+        self.followers = Followers(relay, lambda seconds, n: self.gaps.append(n))
+        pieces = Pieces(lambda tokens: [text(token) for token in tokens])
+        host = Host(lambda id: None, lambda stream: None)
+        self.all = [Stream(i, 1, SamplingParams(), pieces, host, 0.0) for i in range(n)]
+        for i, stream in enumerate(self.all):
+            stream._begin(self.page, i)
 
-    def pause_writing(self) -> None:
-        self.flow.pause_writing()
+    async def follow(self) -> None:
+        self.ways = [await Connection.make() for _ in self.all]
+        self.tasks = [
+            asyncio.create_task(self.followers.follow(stream, self.writer(way)))
+            for stream, way in zip(self.all, self.ways, strict=True)
+        ]
+        await asyncio.sleep(0)
 
-    def resume_writing(self) -> None:
-        self.flow.resume_writing()
+    def writer(self, way: Connection) -> TextWriter:
+        def sink() -> ChunkSink:
+            self.sinks.append(made := way.sink(b"<", b">"))
+            return made
+
+        return TextWriter(b"<", b">", str.encode, way.write_part, sink)
+
+    async def step(self) -> bytes:
+        """What each gets."""
+        page, i = self.page, self.n_steps
+        page.token[:, i], page.step[:, i] = (token := i % 10), i
+        page.n_tokens[:] = self.n_steps = page.struct.n_steps = i + 1
+        page.show()
+        self.followers._tell()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return b"<" + text(token) + b">"
+
+    async def finish(self) -> None:
+        for stream in self.all:
+            stream._finish("stop")
+        await asyncio.wait(self.tasks, timeout=60)
+
+    async def close(self) -> None:
+        for way in self.ways:
+            await way.close()
 
 
-def chunk(text: bytes) -> bytes:
-    event = BEFORE + text + AFTER
-    return b"%x\r\n%b\r\n" % (len(event), event)
+def text(token: int) -> bytes:
+    return b"%d" % token * 1000
+
+
+def run(new_loop: Any, test: Any) -> None:
+    loop = new_loop()
+    try:
+        loop.run_until_complete(asyncio.wait_for(test(), 60))
+    finally:
+        loop.close()
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -44,39 +95,70 @@ def test_what_a_socket_does_not_take_comes_later(new_loop: Any) -> None:
     """In order, to a client that reads slowly; another one gets its texts at once meanwhile, and a
     third has left."""
 
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        pairs = [socket.socketpair() for _ in range(3)]
-        made = [(await loop.create_connection(Paused, sock=ours))[1] for ours, _ in pairs]
-        slow, quick, left = (ChunkSink(one, BEFORE, AFTER) for one in made)  # type: ignore[arg-type]
-        left.transport.abort()
-        texts, blocked = list[bytes](), list[Any]()
-        while not blocked:
-            texts.append(b"%d" % len(texts) * 1000)
-            blocked += ChunkSink.send([left, slow, quick], [texts[-1]] * 3)
-            assert pairs[1][1].recv(2**20) == chunk(texts[-1])
-        ((i, drained),) = blocked
-        assert i == 1
-        got = pairs[0][1].recv(
-            2**20
-        )  # the socket has room again, of which the transport knows nothing
-        texts.append(b"the last")
-        more = [waits for _, waits in ChunkSink.send([slow], texts[-1:])]
-        wanted = b"".join(map(chunk, texts))
-        reader, writer = await asyncio.open_connection(sock=pairs[0][1])
-        got += await reader.readexactly(len(wanted) - len(got))
-        await asyncio.gather(drained, *more)
-        assert got == wanted
-        assert not slow.transport.get_write_buffer_size()
-        writer.close()
-        for one in made:
-            one.transport.abort()
-        await asyncio.sleep(0)
-        pairs[1][1].close()
-        pairs[2][1].close()
+    async def test() -> None:
+        streams = Streams(3)
+        await streams.follow()
+        slow, quick, left = streams.ways
+        sent, got = list[bytes](), b""
+        while not slow.transport.get_write_buffer_size():
+            sent.append(await streams.step())
+            assert list(bodies(quick.come())) == sent[-1:]
+            if len(sent) == 20:
+                left.transport.abort()
+        assert len(sent) > 20
+        for _ in range(5):  # they wait behind what the transport has
+            got += slow.come()
+            sent.append(await streams.step())
+        wanted = b"".join(b"<" + text(i % 10) + b">" for i in range(len(sent)))
+        reader, _ = await asyncio.open_connection(sock=slow.other)
+        read = asyncio.create_task(reader.read())
+        await streams.finish()
+        slow.transport.close()  # behind what it has
+        got += await read
+        assert b"".join(bodies(got)).replace(b"><", b"") == wanted.replace(b"><", b"")
+        await streams.close()
+        assert [task.exception() for task in streams.tasks] == [None] * 3
 
-    loop = new_loop()
-    try:
-        loop.run_until_complete(asyncio.wait_for(run(), 60))
-    finally:
-        loop.close()
+    run(new_loop, test)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sockets are no files there")
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_a_socket_that_is_closed_gets_nothing_of_anothers(new_loop: Any) -> None:
+    """A connection that comes right behind it may get its number."""
+
+    async def test() -> None:
+        streams = Streams(1)
+        await streams.follow()
+        for _ in range(20):
+            await streams.step()
+        (way,) = streams.ways
+        number = way.transport.get_extra_info("socket").fileno()
+        way.transport.abort()
+        late = [await Connection.make() for _ in range(4)]
+        numbers = [one.transport.get_extra_info("socket").fileno() for one in late]
+        assert number in numbers
+        await streams.step()
+        for one in late:
+            assert not one.come()
+        (sink,) = streams.sinks
+        await streams.finish()
+        assert sink.socket == -1
+        await streams.close()
+        for one in late:
+            await one.close()
+
+    run(new_loop, test)
+
+
+def test_texts_of_a_step_are_counted_together() -> None:
+    async def test() -> None:
+        streams = Streams(3)
+        await streams.follow()
+        for _ in range(30):
+            await streams.step()
+        assert streams.gaps[-10:] == [3] * 10
+        await streams.finish()
+        await streams.close()
+
+    run(asyncio.new_event_loop, test)
