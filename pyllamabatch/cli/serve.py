@@ -233,10 +233,13 @@ def _engine(
 
 
 def _keys(args: argparse.Namespace) -> list[str]:
-    lines = [] if args.api_key_file is None else read_text("--api-key-file", args.api_key_file)
-    keys = [*args.api_key, *(lines.splitlines() if isinstance(lines, str) else lines)]
-    keys += [key] if (key := os.environ.get("PYLLAMABATCH_API_KEY")) else []
-    return [key.strip() for key in keys if key.strip()]
+    text = "" if args.api_key_file is None else read_text("--api-key-file", args.api_key_file)
+    keys = [key.strip() for key in [*args.api_key, *text.splitlines()]]
+    for name, value in (("--api-key", args.api_key), ("--api-key-file", args.api_key_file)):
+        if value and not any(keys):  # a variable that is not set must not open a server
+            raise ArgumentError(name, str(value), "has no key")
+    keys.append(os.environ.get("PYLLAMABATCH_API_KEY", "").strip())
+    return [key for key in keys if key]
 
 
 def _template(given: str | None) -> str | None:

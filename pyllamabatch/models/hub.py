@@ -29,7 +29,6 @@ def hub_file(repository: str, *, token: str | None = None, endpoint: str | None 
     are), `DownloadError` when there is no such repository, no access, or no network."""
     try:
         from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
-        from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise DownloadError(
             "the hub needs the package huggingface_hub: pip install 'pyllamabatch[hub]'"
@@ -53,9 +52,11 @@ def hub_file(repository: str, *, token: str | None = None, endpoint: str | None 
             raise OSError("nothing of it is here")
         files = choose(repository, listed, quant)
         folder = Path(snapshot_download(name, allow_patterns=files, **options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, CacheNotFound, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DownloadError(f"can't bring {repository}: {reason}") from None
+    except ArgumentError:
+        raise
+    except Exception as error:  # its own, and those of its HTTP library, which it has changed twice
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise DownloadError(f"can't bring {repository}: {reason}") from error
     return folder / files[0]
 
 

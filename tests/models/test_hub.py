@@ -1,7 +1,9 @@
 """Models of a hub: a loopback endpoint in its place."""
 
 import hashlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json import dumps
@@ -143,6 +145,12 @@ def test_a_token_opens_a_repository(endpoint: str) -> None:
 def test_no_such_repository_and_no_network(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DownloadError, match="can't bring own/other"):
         hub_file("own/other", endpoint=endpoint)
+    with socket.socket() as unheard:  # it is bound, and does not listen
+        unheard.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its tries
+        with pytest.raises(DownloadError, match="can't bring own/tiny"):
+            hub_file("own/tiny", endpoint=f"http://127.0.0.1:{unheard.getsockname()[1]}")
+        monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="can't bring own/tiny"):
         hub_file("own/tiny", endpoint=endpoint)

@@ -13,6 +13,7 @@ import pytest
 from pyllamabatch.cli import serve
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.server.errors import of
+from pyllamabatch.server.run import listen
 from tests.support.machines import fast_profile
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
@@ -91,6 +92,24 @@ def test_what_fails_is_told_on_stderr(
     said = capsys.readouterr().err
     assert "ERROR pyllamabatch.server.errors: a request failed" in said
     assert "ZeroDivisionError: a bug" in said
+
+
+def test_a_key_that_is_empty_opens_no_server(tmp_path: Path) -> None:
+    """--api-key "$KEY" without KEY."""
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    machine = "--machine", fast_profile(tmp_path), "-q"
+    for words in (["--api-key", ""], ["--api-key-file", empty]):
+        given = flags(*machine, *words)
+        with pytest.raises(ArgumentError, match="has no key"), serve.opened(given):
+            pass
+
+
+def test_an_address_that_is_taken_is_named() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}"):
+            listen("127.0.0.1", port)
 
 
 def test_what_stays_is_searched_for_no_cycles(tmp_path: Path) -> None:
