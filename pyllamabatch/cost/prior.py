@@ -6,6 +6,7 @@ A step takes what each layer takes to start, a pass over the weights (`Speeds.re
 """
 
 from collections.abc import Mapping
+from math import hypot
 from typing import NamedTuple
 
 from pyllamabatch.cost import apple
@@ -17,13 +18,14 @@ class Speeds(NamedTuple):
     """Of a device. read: bytes of weights a second. compute: operations a second in matrix kernels,
     two for each weight and row. layer, expert_layer: seconds that a layer's kernels take to start,
     the second one more for a layer of experts. few: times the time of a row in a matrix kernel, in
-    kernels of few rows. fill: rows that a matrix kernel could compute while it fills the device."""
+    kernels of few rows; 0: rows are computed while the weights are read, few as quickly as many.
+    fill: rows that a matrix kernel could compute while it fills the device."""
 
     read: float
     compute: float
     layer: float = 0.0
     expert_layer: float = 0.0
-    few: float = 1.0
+    few: float = 0.0
     fill: float = 0.0
 
 
@@ -40,7 +42,6 @@ class Sizes(NamedTuple):
 # Kernels of few rows take a row four times as long as those for prompts (M2 Ultra: 2.5 to 4.4, DGX
 # Spark 2.6 to 7, H200: 7), and the first tile of a matrix takes as long as 15 to 85 rows more.
 _FEW, _FILL = 4.0, 40
-_GROUP = 0.5  # of its rows' time, where more rows are computed at once
 
 GPU = Speeds(1e12, 70e12, 60e-6, few=_FEW, fill=_FILL)
 """A GPU with memory of its own: an RTX 3090, which computes Llama 2 7B Q4_0 at 158 tokens/s and its
@@ -49,8 +50,9 @@ layer is that of Gemma 3 1B on H100 and H200."""
 SHARED = Speeds(0.23e12, 36e12, 40e-6, few=_FEW, fill=_FILL)
 """One that shares the host's: DGX Spark, 0.85 of 273 GB/s, 22 to 56 us a layer, prompts at 33 to 39
 TFLOP/s."""
-CPU = Speeds(20e9, 90e9, few=1.5)
-"""A thread; memory is read as fast by one as by all. Three profiles of x86 with AVX-512."""
+CPU = Speeds(20e9, 90e9, 40e-6)
+"""A thread; memory is read as fast by one as by all. x86 with AVX-512: three models, of which two
+rows take 1.1 to 1.2 times as long as one, and four 1.7 to 2.1 (tests/cost/test_prior.py)."""
 
 
 def speeds_of(backend: str, device: str, *, kind: str, n_threads: int) -> Speeds:
@@ -95,13 +97,18 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
         # Metal's tiles of few rows are as fast as a matrix kernel: from two rows on they beat what
         # takes `few` times as long for each (ggml-metal-common.cpp: `mul_mv_mma_rows_min`).
         tiled = regime.tile > 1 and regime.rest == "tile"
-        one = row if many or tiled else device.few * row
+        one = row if many or tiled or not device.few else device.few * row
         tile = regime.tile * one
         seconds = {"pass": dense, "row": one, "tile": tile}
+        if not device.few:
+            # Neither reading nor computing is hidden by the other one where both take as long.
+            few, more = (hypot(dense, n * one) for n in (regime.first, 4 * regime.first))
+            one = seconds["row"] = (more - few) / (3 * regime.first)
+            tile, seconds["pass"] = regime.tile * one, few - regime.first * one
+        elif regime.first == 1 and not many:
+            seconds["row"] = 0.0  # reading takes longer
         if many:
             seconds["pass"] += device.fill * row
-        if regime.first == 1 and not many:
-            seconds["row"] = 0.0  # reading takes longer
         if regime.tile > 1:
             seconds["row"] = 0.0
         if regime.first < sorted_from:
@@ -109,9 +116,8 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
         elif sorted_from:
             seconds["pass"] += all_experts
         if regime.rest == "each":
-            # A group goes through the weights: "any group" costs nothing more.
             seconds |= {"full tile": tile, "tile beyond": tile}
-            seconds["group"] = dense + _GROUP * regime.group * one
+            seconds |= {"any group": seconds["pass"], "group": regime.group * one}
             seconds |= {f"{n} beyond": n * one for n in range(1, regime.tile)}
         found |= {f"{part} {regime.first}+": value for part, value in seconds.items()}
     return found

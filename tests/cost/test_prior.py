@@ -55,7 +55,10 @@ ROWS = (1, 4, 8, 16, 64, 512)
 APART = {
     # Its sequences choose far fewer experts than if they chose evenly: 32 of them take 60% more
     # time than 8, and would read twice as many.
-    "dgx-spark-gpt-oss-120b": 2.2
+    "dgx-spark-gpt-oss-120b": 2.2,
+    # Measured when each of a few rows read the weights anew (vendor/patches/cpu-few-columns.patch).
+    "x86-1-thread-qwen2-0.5b-q4_k_m": 2.1,
+    "x86-2-core-avx512-qwen2-0.5b-q4_k_m": 2.0,
 }
 
 
@@ -106,6 +109,23 @@ def test_it_is_near_what_was_published_of_a_mac(chip: str) -> None:
     prompts, one = MACS[chip]
     assert cost.predict(512, 512, 0, 1) == pytest.approx(512 / prompts, rel=0.25)
     assert cost.predict(1, 0, 0, 1) == pytest.approx(1 / one, rel=0.3)
+
+
+FEW = {  # CPU ms of 1, 2, 3, 4, 8 and 16 rows, one thread of an AMD EPYC with AVX-512
+    Sizes(96.5e6, 134.5e6, 49152 * 576, 30): ("Q4_1", 8.3, 10.2, 12.5, 15.7, 28.8, 58.7),
+    Sizes(245e6, 268e6, 262144 * 640, 18): ("Q4_K", 15.5, 17.2, 21.4, 26.2, 50.9, 105),
+    MODELS["qwen2-0.5b-q4_k_m"]: ("Q4_K", 24.6, 30.4, 42.4, 51.2, 94.9, 183),
+}  # SmolLM2 135M, Gemma 3 270M, Qwen2 0.5B
+
+
+@pytest.mark.parametrize("sizes", FEW, ids=["smollm2", "gemma3", "qwen2"])
+def test_a_cpu_computes_a_few_rows_while_it_reads(sizes: Sizes) -> None:
+    """Else drafts would seem not to pay, where two rows take little longer than one."""
+    weights, *measured = FEW[sizes]
+    known = kernels("CPU", weights, features="AVX2 AVX512_VNNI")
+    cost = CostModel.prior(known, sizes, speeds_of("CPU", "", kind="cpu", n_threads=1))
+    said = [1e3 * cost.predict(n, 0, 0, n) for n in (1, 2, 3, 4, 8, 16)]
+    assert said == pytest.approx(measured, rel=0.25), said
 
 
 @pytest.mark.parametrize("card", CARDS)
