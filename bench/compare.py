@@ -124,7 +124,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
 
 def run(todo: Experiment, options: argparse.Namespace) -> Generator[Record, None, None]:
     """Records while there is time for more runs. --undisturbed: each waits for quiet."""
-    about = probe(todo.cases[0], False)
+    about, _ = probe(todo.cases[0], False)
     about["versions"]["commit"] = harness.commit()
     budget, limit = Budget(options.budget), options.undisturbed
 

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ from pyllamabatch.compare.scenario import SCENARIOS, gate, line
 from pyllamabatch.compare.summary import plain
 from pyllamabatch.compare.workload import BURST, DS4, POISSON
 from pyllamabatch.engine.drafters import make_drafter
-from pyllamabatch.errors import ArgumentError
-from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.machine.profile_machine import ProfileMachine
 from pyllamabatch.models import default_model_path
 from pyllamabatch.report import facts
@@ -86,8 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV cells for each sequence (as many as it needs)")
     add("--kv", choices=("streams", "unified"), default="streams",
         help="of shared and engine: cells for each sequence, or one pool")
-    add("-t", "--threads", type=at_least(1), default=usable_cores(), metavar="N",
-        help="of each arm, divided among contexts that run at once (the usable cores)")
+    add("-t", "--threads", type=at_least(1), metavar="N",
+        help="of each arm, divided among contexts that run at once (the usable cores; 1 where a "
+             "device computes all layers)")
     add("--oversubscribe", action="store_true", help="all of them for each context")
     add("--machine", metavar="PROFILE",
         help="on a machine of which only this profile is there: a name or a file")
@@ -112,7 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     arms = check(args)
     experiments = [experiment(args, protocol, arms) for protocol in args.protocol]
-    about = probe(experiments[0].cases[0], args.verbose)
+    about, threads = probe(experiments[0].cases[0], args.verbose)
+    if args.threads is None:
+        experiments = [
+            replace(each, cases=[replace(case, n_threads=threads) for case in each.cases])
+            for each in experiments
+        ]
     about["versions"]["commit"] = facts.commit()
     if args.machine:
         about |= ProfileMachine.named(args.machine).facts()
@@ -156,6 +162,9 @@ def check(args: argparse.Namespace) -> list[str]:
         arms = [*(["contexts"] if args.gate else []), SCENARIOS[args.scenario]]
         arms = list(dict.fromkeys(arms))
         args.num_sequences, args.repeats = args.num_sequences or [2], args.repeats or 1
+    if "processes" in arms and find_spec("uvicorn") is None:
+        what = "the arm processes needs the extra compare: pip install 'pyllamabatch[compare]'"
+        raise UnsupportedOperation(what)
     if args.total_memory and (sys.platform != "linux" or "processes" not in arms):
         raise ArgumentError("--total-memory", args.total_memory, "limits processes, on Linux")
     if POISSON in args.protocol and args.rate is None:
@@ -194,7 +203,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
         pp=args.prompt_tokens,
         tg=tokens - 1 if protocol == BURST else tokens,
         pl=1,
-        n_threads=args.threads,
+        n_threads=args.threads or 0,
         sampling=args.sampling,
         seed=args.seed,
         kv_unified=args.kv == "unified",

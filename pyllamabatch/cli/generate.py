@@ -22,6 +22,7 @@ Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +43,11 @@ from pyllamabatch.cli.options import (
     sampling_options,
 )
 from pyllamabatch.cli.result_file import ResultFile, Row, result_file
+from pyllamabatch.engine.chat import with_prompt
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import ArgumentError, ChatTemplateError
+from pyllamabatch.llama.chat import ChatPrompt, Message
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SEED_MAX, SamplingParams
 from pyllamabatch.step.trace import to_chrome
@@ -143,14 +146,15 @@ class Requests:
         return digest(self._asked, line.kind, line.prompt, self.options(line))
 
     def submit(self, engine: Engine, line: InputLine) -> Stream:
-        prompt = line.prompt
-        if line.kind == "messages":
-            if not self._has_template:
-                raise ChatTemplateError("the model has no chat template: name one, --chat-template")
-            prompt = self._chat(prompt)
-        return engine.submit(prompt, SamplingParams(**self.options(line)))
+        params = SamplingParams(**self.options(line))
+        if line.kind != "messages":
+            return engine.submit(line.prompt, params)
+        if not self._has_template:
+            raise ChatTemplateError("the model has no chat template: name one, --chat-template")
+        prompt = self._chat(line.prompt)
+        return engine.submit(prompt, with_prompt(params, prompt))
 
-    def _chat(self, messages: list[dict[str, str]]) -> str:
+    def _chat(self, messages: Sequence[Message]) -> ChatPrompt:
         return self._vocab.apply_chat_template(messages, template=self._template)
 
 

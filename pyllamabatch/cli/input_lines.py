@@ -12,7 +12,6 @@ from pyllamabatch.step.sampling_params import SamplingParams
 PROMPT_FIELDS = ("prompt", "tokens", "messages")
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 KNOWN_FIELDS = ("id", *PROMPT_FIELDS, *SAMPLING_FIELDS)
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -96,42 +95,17 @@ def _check_names(data: dict[str, Any]) -> None:
 
 
 def _prompt(data: dict[str, Any]) -> tuple[Any, str]:
-    """The prompt and its kind."""
+    """The prompt and its kind. Messages are for `ChatTemplate.render` to check."""
     given = [name for name in PROMPT_FIELDS if name in data]
     _need(given, "needs one of prompt, tokens, messages")
     _need(len(given) == 1, f"has {' and '.join(given)}: give only one of them")
     kind, value = given[0], data[given[0]]
-    if kind == "messages":
-        return _messages(value), kind
     if kind == "prompt":
         _need(isinstance(value, str), "prompt: must be a string")
-    else:
+    elif kind == "tokens":
         whole = isinstance(value, list) and all(type(token) is int for token in value)
         _need(whole, "tokens: must be a list of whole numbers")
     return value, kind
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    _need(isinstance(value, list) and value, "messages: must be a list with at least one message")
-    for message in value:
-        named = isinstance(message, dict) and {"role", "content"} <= message.keys()
-        _need(named, "messages: each one must be an object with role and content")
-        problem = f"messages: role {message['role']!r} is not one of {', '.join(ROLES)}"
-        _need(message["role"] in ROLES, problem)
-    return [{"role": m["role"], "content": _content(m["content"])} for m in value]
-
-
-def _content(value: Any) -> str:
-    """A text, or OpenAI's content parts: [{"type": "text", "text": ...}], joined by newlines."""
-    if isinstance(value, str):
-        return value
-    listed = isinstance(value, list) and value
-    _need(listed, "messages: content must be a string or a list of parts")
-    for part in value:
-        good = isinstance(part, dict) and part.get("type") == "text"
-        problem = 'messages: each part of a content must be {"type": "text", "text": "..."}'
-        _need(good and isinstance(part.get("text"), str), problem)
-    return "\n".join(part["text"] for part in value)
 
 
 def _options(data: dict[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(
     parser: argparse.ArgumentParser,
     about: str = "For lines without these fields. In parentheses: the default.",
+    seed: str = "line i draws with seed S + i - 1",
 ) -> None:
     add = parser.add_argument_group("sampling", about).add_argument
     defaults = {field.name: field.default for field in fields(SamplingParams)}
@@ -163,7 +164,7 @@ def add_sampling_arguments(
         flags = ["--" + name.replace("_", "-"), *(["-n"] if name == "max_tokens" else [])]
         default = "off" if defaults[name] is None else f"{defaults[name]:g}"
         add(*flags, type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})")
-    add("--seed", type=int, metavar="S", help="line i draws with seed S + i - 1 (random seeds)")
+    add("--seed", type=int, metavar="S", help=f"{seed} (random seeds)")
     add("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
     add("--ignore-eog", action="store_true", help="go on after the end of text")
     add("--grammar-file", type=Path, metavar="FILE", help="GBNF with the start rule root")

@@ -24,6 +24,7 @@ from pyllamabatch.report.tables import Table
 
 GRAPHS = 10**9  # bytes of a process beside weights and cells, where no file tells
 BLOCK = 256  # cells: n_ctx is a multiple of it
+MOST_BLOCKS = 2**60  # of which each takes a byte at least: no machine has room for so many
 
 Sizes = Callable[[int, int], Footprint]
 """What a context takes, by n_ctx and n_seq_max."""
@@ -123,9 +124,9 @@ def plan(chosen: Machine, sizes: Sizes, trained: int, n: int, n_ctx: int) -> dic
         "max_contexts": most(lambda k: one.check(chosen, 1, k), 4096),
         "max_n_ctx": None,
     }
-    if shared.total == sizes(BLOCK, n).total:  # cells take nothing: nothing bounds them
+    if shared.total == sizes(n * (n_ctx + BLOCK), n).total:  # cells take nothing
         return found
-    longest = -(-n * trained // BLOCK) if trained else 2**20
+    longest = -(-n * trained // BLOCK) if trained else MOST_BLOCKS
     blocks = most(lambda b: sizes(BLOCK * b, n).check(chosen), longest)
     if trained and blocks == longest:
         bound = f"{n} times what the model was trained on"

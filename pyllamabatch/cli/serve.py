@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-replica", type=float, default=0.0, metavar="N", help="or a share of one (0)")
     add("--router", default="prefix-affinity", type=router_named, choices=tuple(ROUTERS),
         help="which of them gets a request (prefix-affinity)")
-    add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.")
+    add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.",
+                           "each of them draws with this one")
 
 
 # fmt: on
@@ -133,13 +134,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def opened(args: argparse.Namespace) -> Iterator[Any]:
-    """The application of a server over one engine, which is closed afterwards."""
+def opened(args: argparse.Namespace, share: int | None = None) -> Iterator[Any]:
+    """The application of a server over one engine, which is closed afterwards. `share`: of the
+    cores, which others use, too; a model that a device computes needs none."""
     from pyllamabatch.server.app import create_app
 
     _show_errors()
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args, quiet=args.quiet))
+        if args.threads is None and model.offloaded < 1:
+            args.threads = share
         loras = _loras(model, args.lora, stack)
         engine = _engine(model, args, loras, stack)
         paths = {name: lora.path for name, lora in loras.items()}
@@ -172,12 +176,10 @@ def _fleet(args: argparse.Namespace) -> Any:
     from pyllamabatch.cluster.deploy import running
 
     _show_errors()
-    options, threads = _fleet_options(args), args.threads
-    here = not os.environ.get("RAY_ADDRESS")
-    if threads is None and here and not args.gpus_per_replica:  # they share this machine's cores
-        threads = max(1, usable_cores() // options.max_replicas)
-    own = argparse.Namespace(**{**vars(args), "quiet": True, "threads": threads})
-    return running(partial(opened, own), options, _options(args))
+    options, here = _fleet_options(args), not os.environ.get("RAY_ADDRESS")
+    share = max(1, usable_cores() // options.max_replicas) if here else None
+    own = argparse.Namespace(**{**vars(args), "quiet": True})
+    return running(partial(opened, own, share), options, _options(args))
 
 
 def _fleet_options(args: argparse.Namespace) -> Any:

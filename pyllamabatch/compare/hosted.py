@@ -20,6 +20,7 @@ from pyllamabatch.engine.drafters import needs_mtp
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.results import Token
 from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.llama.context import default_threads
 from pyllamabatch.llama.model import Model
 from pyllamabatch.report import facts
 from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
@@ -60,18 +61,18 @@ def host(pipe: Connection[Any, Any], make: Callable[[Model, Case], Run], case: C
         pipe.send(run(pipe.recv()))
 
 
-def probe(case: Case, verbose: bool) -> dict[str, Any]:
-    """What records say of the build and the model, found by a process that ends. ArmError for a
-    file that can't be loaded."""
+def probe(case: Case, verbose: bool) -> tuple[dict[str, Any], int]:
+    """What records say of the build and the model, and CPU threads of an arm that is told none;
+    found by a process that ends. ArmError for a file that can't be loaded."""
     with Child(loud=verbose) as child:
         child.send((look, case))
-        about: dict[str, Any] = child.receive(START_S)
-        return about
+        found: tuple[dict[str, Any], int] = child.receive(START_S)
+        return found
 
 
 def look(pipe: Connection[Any, Any], case: Case) -> None:
     with Model(case.model.path, n_gpu_layers=case.n_gpu_layers, no_alloc=True) as model:
-        pipe.send(facts.build("") | facts.about(model))
+        pipe.send((facts.build("") | facts.about(model), default_threads(model, {})[0]))
 
 
 def contexts(model: Model, case: Case) -> Run:

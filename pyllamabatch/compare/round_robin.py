@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pyllamabatch.compare.completion import HOST
-from pyllamabatch.server.run import listen
 
 PART_BYTES = 2**16
 
@@ -21,6 +20,8 @@ def route(pipe: Connection[Any, Any], ports: Sequence[int]) -> None:
 
 
 async def _route(pipe: Connection[Any, Any], ports: Sequence[int]) -> None:
+    from pyllamabatch.server.run import listen  # the extra `server`, for this arm alone
+
     turns = itertools.cycle(ports)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

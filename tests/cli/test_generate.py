@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.cli import main
+from pyllamabatch.llama.chat import ChatPrompt
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import likeliest
@@ -204,6 +205,31 @@ def test_a_model_without_a_chat_template(
         assert files.run("-n", 2, "--overwrite", "--chat-template", named) == 0
     assert files.run("-n", 2, "--overwrite", "--chat-template", "no-such-name") in (1, 2)
     assert len(capsys.readouterr().err) < 2000
+
+
+def test_a_chat_ends_at_the_stops_of_its_template(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write(make_lines(1))
+    assert files.run(*GREEDY) == 0
+    text = files.rows()[0]["text"]
+    stop, of = text[1:3], ChatPrompt.of
+    monkeypatch.setattr(ChatPrompt, "of", lambda rendered, p: of({**rendered, "stops": [stop]}, p))
+    assert files.run(*GREEDY, "--overwrite") == 0
+    assert files.rows()[0]["text"] == text[: text.index(stop)]
+
+
+def test_messages_are_read_as_a_chat_reads_them(files: Files) -> None:
+    parts = [{"type": "text", "text": text} for text in ("one", "two")]
+    good = {"role": "user", "content": parts}
+    bad = [[], ["hi"], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}]]
+    files.write([{"messages": messages} for messages in [[good], *bad]])
+    assert files.run(*GREEDY) == 1
+    first, *others = files.rows()
+    with Model.default() as model:
+        prompt = model.vocab.apply_chat_template([good])
+        assert first["n_prompt"] == len(model.vocab.tokenize(prompt, parse_special=True))
+    assert ["messages" in row["error"] for row in others] == [True] * 4
 
 
 def test_answers_come_while_the_input_is_still_open() -> None:

@@ -20,12 +20,6 @@ def test_the_three_kinds_of_input() -> None:
     assert one(id=7, messages=messages) == InputLine(1, 7, messages, "messages")
 
 
-def test_content_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    line = one(messages=[{"role": "user", "content": parts}])
-    assert line.prompt == [{"role": "user", "content": "one\ntwo"}]
-
-
 def test_blank_lines_count_and_a_byte_order_mark_does_not() -> None:
     lines = list(
         read_lines([b'\xef\xbb\xbf{"prompt": "a"}\r\n', b"\n", b'  {"prompt": "b"}\n', b""])
@@ -68,15 +62,6 @@ def test_an_unknown_field_names_the_nearest_one(name: str, says: str) -> None:
         (b'{"tokens": "1 2"}', "tokens: must be a list"),
         (b'{"tokens": [1, true]}', "tokens: must be a list"),
         (b'{"tokens": [1.0]}', "tokens: must be a list"),
-        (b'{"messages": []}', "messages: must be a list"),
-        (b'{"messages": ["hi"]}', "role and content"),
-        (b'{"messages": [{"role": "user"}]}', "role and content"),
-        (b'{"messages": [{"role": "human", "content": "a"}]}', "system, developer, user"),
-        (b'{"messages": [{"role": [], "content": "a"}]}', "role"),
-        (b'{"messages": [{"role": "user", "content": 1}]}', "content must be"),
-        (b'{"messages": [{"role": "user", "content": []}]}', "content must be"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "each part"),
-        (b'{"messages": [{"role": "user", "content": ["a"]}]}', "each part"),
         (b'{"id": 1.5, "prompt": "a"}', "id: must be"),
         (b'{"id": true, "prompt": "a"}', "id: must be"),
         (b'{"prompt": "\\ud800"}', "surrogate"),

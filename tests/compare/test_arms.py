@@ -16,6 +16,9 @@ import psutil
 import pytest
 
 from pyllamabatch.cli import main
+from pyllamabatch.compare.case import Case
+from pyllamabatch.compare.hosted import probe
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.report.records import Record, read
 from tests.support.machines import fast_profile
 
@@ -121,6 +124,36 @@ def test_threads_are_divided_or_not(tmp_path: Path, words: list[str], each: int)
     words = ["-n", "3", "-t", "6", "--arms", "contexts", *words]
     (row,) = rows_of(tmp_path / "r.jsonl", *words)
     assert row.n_threads == row.detail["n_threads_each"] == each
+
+
+def test_threads_without_a_flag_are_those_of_a_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, where a device computes all layers."""
+
+    def probed(case: Case, verbose: bool) -> tuple[dict[str, Any], int]:
+        about, threads = probe(case, verbose)
+        assert threads == usable_cores()
+        return about, 3
+
+    monkeypatch.setattr("pyllamabatch.cli.compare.probe", probed)
+    out = tmp_path / "r.jsonl"
+    assert main(["compare", *SHORT[:-2], "-n", "2", "--arms", "shared", "--out", str(out)]) == 0
+    assert [row.n_threads for row in read(out)] == [3]
+
+
+def test_an_extra_that_is_missing_is_named() -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('fastapi', 'uvicorn', 'psutil'))\n"
+        "from pyllamabatch.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    asked = [sys.executable, "-c", code, "compare", "--arms", "processes"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "pyllamabatch: the arm processes needs the extra compare: "
+        "pip install 'pyllamabatch[compare]'"
+    ]
 
 
 def test_one_object_and_a_page_of_a_profile_machine(

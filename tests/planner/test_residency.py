@@ -139,6 +139,15 @@ def test_largest_context_fits_and_the_next_does_not(
     assert [size.check(small) for size in sizes] == [True, False]
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_small_cells_have_a_largest_context(n: int, capsys: pytest.CaptureFixture[str]) -> None:
+    many = ["--weights", "1G", "--kv-per-cell", "1K", "--machine", "m3-ultra-512", "-n", n]
+    found = plan(capsys, *many, "-c", 256)
+    limit = found["limits"][0] - 2 * 10**9
+    assert found["max_n_ctx"] == limit // 256_000 * 256
+    assert found["bound"] == "device is full then"
+
+
 @pytest.mark.parametrize(
     "args", ["--machine nowhere", "--weights 1G --measure", "--weights 1G -m x.gguf"]
 )
