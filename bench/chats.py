@@ -4,7 +4,7 @@ after the other; then they begin anew, with other questions and in another order
 are rounds. As requests over HTTP, and as a trace for the simulator."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -69,8 +69,12 @@ def order(seed: int, n_rounds: int) -> list[list[Asked]]:
     return found
 
 
-def trace(asked: Sequence[Sequence[Asked]], sizes: Sizes) -> list[TraceRequest]:
-    """The same requests; pieces of users, questions and answers are numbers of their own."""
+def trace(
+    asked: Sequence[Sequence[Asked]], sizes: Sizes, way: Callable[[], float] = float
+) -> list[TraceRequest]:
+    """The same requests; pieces of users, questions and answers are numbers of their own. `way()`:
+    seconds that the next request takes from its client to a replica and back, beside the
+    replica's own."""
     found: list[TraceRequest] = []
     for ones in asked:
         after: int | None = None
@@ -82,7 +86,8 @@ def trace(asked: Sequence[Sequence[Asked]], sizes: Sizes) -> list[TraceRequest]:
                 content += [(piece, N_QUESTION), (piece + 1, sizes.n_answer)]
             *content, (answer, n_answer) = content
             n_prompt = sum(n for _, n in content)
-            found.append(TraceRequest(id, 0.0, n_prompt, n_answer, tuple(content), answer, after))
+            pieces = tuple(content)
+            found.append(TraceRequest(id, way(), n_prompt, n_answer, pieces, answer, after))
             after = id
     return found
 

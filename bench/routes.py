@@ -47,7 +47,7 @@ from bench.models import resolve
 from bench.options import add_file, add_run, choose
 from bench.serving import ServerProcess
 from bench.targets import Figure, Target
-from bench.views import Column, by_arm, median_of
+from bench.views import Column, by_arm
 from pyllamabatch.compare.completion import HOST
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile
@@ -87,9 +87,14 @@ class Variant(NamedTuple):
 
 
 def _hits(kind: str, router: str) -> Figure:
-    return lambda records: median_of(
-        r.detail["hit_rate"] for r in records if r.arm == Variant(kind, router).name
-    )
+    """The mean of all repeats, whose chats are as long."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        mine = (r for r in records if r.arm == Variant(kind, router).name and not r.error)
+        rates = [r.detail["hit_rate"] for r in mine]
+        return fmean(rates) if rates else None
+
+    return figure
 
 
 def hits_ratio(kind: str) -> Figure:
@@ -182,9 +187,9 @@ def main(options: argparse.Namespace) -> int:
         n_prompt = sizes.n_prompts // CLIENTS
         n_answer = sizes.n_requests * sizes.n_answer // CLIENTS
         (case,) = cases_of(options, file, n_prompt, n_answer, [CLIENTS])
-        if any(one.kind == SIMULATED for one in chosen):
-            spec = replace(spec, latency=way(options, case))
-        arms = [arm_of(one, options, spec) for one in chosen]
+        simulates = any(one.kind == SIMULATED for one in chosen)
+        ways = ways_of(options, case) if simulates else []
+        arms = [arm_of(one, options, spec, ways) for one in chosen]
         title = (
             f"{CHATS} chats of {USERS} users, {sizes.n_rounds} rounds, {options.replicas} replicas"
         )
@@ -212,12 +217,14 @@ def variants(replicas: int) -> list[Variant]:
     ]
 
 
-def arm_of(one: Variant, options: argparse.Namespace, spec: EngineSpec) -> Arm:
+def arm_of(
+    one: Variant, options: argparse.Namespace, spec: EngineSpec, ways: Sequence[float]
+) -> Arm:
     if one.kind == LIVE:
         includes = "`pyllamabatch serve --replicas N`, a thread per client"
         return Arm(one.name, includes, partial(live, options, one.router))
     includes = "the mean of several orders of the clients"
-    return Arm(one.name, includes, partial(simulated, spec, options, one.router))
+    return Arm(one.name, includes, partial(simulated, spec, ways, options, one.router))
 
 
 def measure(
@@ -256,19 +263,23 @@ def own_of(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: Case) -> Measured:
+def simulated(
+    spec: EngineSpec, ways: Sequence[float], options: argparse.Namespace, router: str, case: Case
+) -> Measured:
+    """`ways`: seconds, of which each request takes any. Were they all the same, requests that end
+    together would come together again."""
     rng, rates, seconds = random.Random(case.seed), list[float](), list[float]()
     for _ in range(N_ORDERS):
         clients = order(case.seed, options.rounds)
         rng.shuffle(clients)
-        requests = trace(clients, sizes_of(options))
+        requests = trace(clients, sizes_of(options), partial(rng.choice, ways))
         run = simulate(requests, spec, n_replicas=options.replicas, router=router)
         counters = [load.counters for load in run.loads]
         known = sum(c.known_tokens for c in counters)
         rates.append(sum(c.prefix_tokens for c in counters) / known)
         seconds.append(max(one.end for one in run.outcomes))
     detail = {
-        "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": spec.latency,
+        "hit_rate": fmean(rates), "hit_rate_sd": stdev(rates), "way_s": fmean(ways),
         "other_cpu": 0.0,
     }  # fmt: skip
     return Measured(0.0, fmean(seconds), {"n_kv_max": sizes_of(options).n_cells}, detail)
@@ -303,8 +314,8 @@ def fleet(options: argparse.Namespace, router: str, case: Case) -> Iterator[http
         server.stop()
 
 
-def way(options: argparse.Namespace, case: Case) -> float:
-    """Seconds of a request beside its engine's. There are as many clients as later, which ask as
+def ways_of(options: argparse.Namespace, case: Case) -> list[float]:
+    """Seconds of each request beside its engine's. There are as many clients as later, which ask as
     often: their answers are longer, and their prompts are cached."""
 
     def ask(client: httpx.Client, i: int) -> list[float]:
@@ -318,7 +329,7 @@ def way(options: argparse.Namespace, case: Case) -> float:
 
     with fleet(options, AFFINITY, case) as client, ThreadPoolExecutor(CLIENTS) as pool:
         found = pool.map(partial(ask, client), range(CLIENTS))
-        return fmean(seconds for each in found for seconds in each)
+        return [seconds for each in found for seconds in each]
 
 
 def live(options: argparse.Namespace, router: str, case: Case) -> Measured:

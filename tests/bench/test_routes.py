@@ -46,11 +46,13 @@ def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     spec = EngineSpec.of(cost, n_seq_max=chats.N_SLOTS, n_cells=n_cells)
     options = argparse.Namespace(replicas=2, prefix=800, answer=16, rounds=1)
     turns, affinity = (
-        routes.simulated(spec, options, router, case) for router in (TURN_BY_TURN, AFFINITY)
+        routes.simulated(spec, [0.01, 0.02], options, router, case)
+        for router in (TURN_BY_TURN, AFFINITY)
     )
     assert affinity.detail["hit_rate"] > 1.5 * turns.detail["hit_rate"]
     assert affinity.t_tg < turns.t_tg
     assert affinity.settings == {"n_kv_max": n_cells}
+    assert affinity.detail["way_s"] == pytest.approx(0.015)
     assert affinity.detail["other_cpu"] == 0  # whatever else runs
 
 
