@@ -79,7 +79,7 @@ class EngineStats:
 
 class SlotState(NamedTuple):
     """What runs in a slot. `request`: its id, None while the slot is free. `n_prompt` + `generated`
-    tokens are known, and `computed` of them in the cache."""
+    tokens are known, and `computed` of them in the cache; at most `left` are still to come."""
 
     slot: int
     request: int | None = None
@@ -88,6 +88,7 @@ class SlotState(NamedTuple):
     generated: int = 0
     tenant: str = ""
     priority: int = 0
+    left: int = 0
 
 
 def slots_of(core: EngineCore) -> list[SlotState]:
@@ -101,7 +102,8 @@ def slots_of(core: EngineCore) -> list[SlotState]:
                 continue
             view = core.scheduler.sequence(request.id)
             known = view.n_prompt, view.computed, view.generated
-            states.append(SlotState(slot, request.id, *known, view.tenant, view.priority))
+            left = view.max_tokens - view.generated
+            states.append(SlotState(slot, request.id, *known, view.tenant, view.priority, left))
         return states
 
 

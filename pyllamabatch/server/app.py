@@ -20,7 +20,7 @@ from .errors import ApiError, json_response
 from .messages import MessagesBody, count_tokens, messages
 from .metrics import Metrics
 from .options import ServerOptions
-from .responses import ResponsesBody, responses
+from .responses import ResponsesBody, response_tokens, responses
 from .schemas import Described
 from .security import ApiKeys, Cors
 from .service import Service
@@ -92,6 +92,8 @@ def _routes(described: Described, service: Service) -> list[BaseRoute]:
     counts = [f"{chats}/input_tokens" for chats in ("/v1/chat/completions", "/chat/completions")]
     route("POST", *counts, to=input_tokens, body=ChatBody)
     route("POST", "/v1/responses", "/responses", to=responses, body=ResponsesBody)
+    counts = ["/v1/responses/input_tokens", "/responses/input_tokens"]
+    route("POST", *counts, to=response_tokens, body=ResponsesBody)
     route("POST", "/v1/messages", to=messages, body=MessagesBody)
     route("POST", "/v1/messages/count_tokens", to=count_tokens, body=MessagesBody)
     completion, body = native.completion, native.NativeBody
@@ -107,7 +109,7 @@ def _routes(described: Described, service: Service) -> list[BaseRoute]:
     vectors = embeddings.EmbeddingsBody
     route("POST", "/v1/embeddings", to=embeddings.openai, body=vectors)
     route("POST", "/embedding", "/embeddings", to=embeddings.native, body=vectors)
-    rerank = "/rerank", "/v1/rerank", "/reranking"
+    rerank = "/rerank", "/v1/rerank", "/reranking", "/v1/reranking"
     route("POST", *rerank, to=embeddings.rerank, body=embeddings.RerankBody)
     return [*routes, Mount("/", described)]
 

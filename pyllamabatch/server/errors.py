@@ -50,8 +50,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         more: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.headers = headers or {}
         self.status = status
         self.type = type
         self.error = {"message": message, "type": type, "param": param, "code": code}
@@ -64,7 +66,7 @@ class ApiError(Exception):
     def response(self, path: str) -> Response:
         """In the form of the interface that the path belongs to."""
         again = self.status in (429, 503) and self.error["code"] != "closed"
-        headers = {"Retry-After": RETRY_SECONDS} if again else None
+        headers = {**self.headers, "Retry-After": RETRY_SECONDS} if again else self.headers
         outer = {"type": "error"} if path.startswith(ANTHROPIC) else {}
         return json_response(outer | self.body, self.status, headers)
 
@@ -116,7 +118,7 @@ def of(error: BaseException) -> ApiError:
         case ClientDisconnect():
             return ApiError(499, "the client has left")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
     log.error("a request failed", exc_info=error)
     return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
 

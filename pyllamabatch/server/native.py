@@ -286,7 +286,10 @@ async def props(service: Service, request: Request) -> Response:
             "total_slots": service.engine.n_seq_max if service.has_engine else 0,
             "model_alias": service.model_name,
             "model_path": "" if service.machine else model.path,
-            "modalities": {"vision": False, "audio": False},
+            "modalities": {"vision": False, "video": False, "audio": False},
+            "endpoint_slots": options.slots,
+            "endpoint_props": False,
+            "endpoint_metrics": options.metrics,
             "chat_template": options.chat_template or model.chat_template() or "",
             "bos_token": _special(service, vocab.bos),
             "eos_token": _special(service, vocab.eos),
@@ -305,7 +308,7 @@ async def slots(service: Service, request: Request) -> Response:
     if not service.options.slots:
         raise UnsupportedOperation("this server does not show its slots")
     states, drafts = service.engine.slots(), service.engine.limits.n_draft_max > 0
-    if request.query_params.get("fail_on_no_slot") and all(s.request for s in states):
+    if request.query_params.get("fail_on_no_slot") and all(s.request is not None for s in states):
         raise no_slot()
     return json_response(
         [
@@ -318,6 +321,13 @@ async def slots(service: Service, request: Request) -> Response:
                 "n_prompt_tokens": state.n_prompt,
                 "n_prompt_tokens_processed": min(state.computed, state.n_prompt),
                 "n_decoded": state.generated,
+                "next_token": [
+                    {
+                        "has_next_token": state.request is not None,
+                        "n_remain": state.left,
+                        "n_decoded": state.generated,
+                    }
+                ],
                 "tenant": state.tenant,
                 "priority": state.priority,
             }

@@ -17,7 +17,7 @@ from . import bodies, tokens
 from .answer import Answer, named_event, respond
 from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
 from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, turn_of
-from .errors import ApiError, invalid
+from .errors import ApiError, invalid, json_response
 from .service import Service
 
 LOGPROBS = "message.output_text.logprobs"
@@ -70,15 +70,9 @@ class ResponsesBody(SamplingBody):
 async def responses(service: Service, request: Request) -> Response:
     """An answer as a list of output items."""
     body = await bodies.read(request, ResponsesBody)
+    turn = await _read_turn(service, body)
     if body.max_output_tokens is not None:
         body.max_tokens = body.max_output_tokens
-    format = body.text.format if body.text else None
-    if format is not None and format.type != "text":
-        schema = JsonSchema(name=format.name, schema=format.schema_)
-        wrapped = schema if format.type == "json_schema" else None
-        body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
-    make_turn = partial(turn_of, service, messages_of(body), options_of(body))
-    turn = await service.run(make_turn, long=body.makes_long_turn)
     if body.top_logprobs and body.n_logprobs is None:
         raise invalid("top_logprobs", body.top_logprobs, f'needs include: ["{LOGPROBS}"]')
     if body.n_logprobs is not None and not turn.plain:
@@ -87,6 +81,24 @@ async def responses(service: Service, request: Request) -> Response:
     prepared = await service.submit(body, [turn.prompt], body.n_logprobs, turn.sampling)
     make = partial(ResponsesAnswer, service, body, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
+
+
+async def response_tokens(service: Service, request: Request) -> Response:
+    """How many tokens the prompt of an input has."""
+    turn = await _read_turn(service, await bodies.read(request, ResponsesBody))
+    found = await service.apart(lambda: service.tokens(turn.prompt))
+    return json_response({"object": "response.input_tokens", "input_tokens": len(found)})
+
+
+async def _read_turn(service: Service, body: ResponsesBody) -> Turn:
+    """Apart where that may take long."""
+    format = body.text.format if body.text else None
+    if format is not None and format.type != "text":
+        schema = JsonSchema(name=format.name, schema=format.schema_)
+        wrapped = schema if format.type == "json_schema" else None
+        body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
+    make_turn = partial(turn_of, service, messages_of(body), options_of(body))
+    return await service.run(make_turn, long=body.makes_long_turn)
 
 
 def options_of(body: ResponsesBody) -> ChatOptions:

@@ -150,12 +150,16 @@ class TextLogprobs:
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {self._text(t): logprob for t, logprob in (token.top_logprobs or {}).items()}
-                for token in tokens
-            ],
+            "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _top(self, token: Token) -> dict[str, float | None]:
+        """With the sampled one, also where it is none of these."""
+        if token.top_logprobs is None:
+            return {}
+        top = {**token.top_logprobs, token.token: token.logprob}
+        return {self._text(t): logprob for t, logprob in top.items()}
 
     def _text(self, token: int) -> str:
         return self._piece(token).decode("utf-8", "replace")

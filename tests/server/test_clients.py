@@ -113,6 +113,8 @@ def test_responses(client: openai.OpenAI) -> None:
     response = client.responses.create(model="m", input=SUM, temperature=0, store=False)
     assert (response.output_text, response.status) == (ANSWER, "completed")
     assert response.usage is not None
+    counted = client.responses.input_tokens.count(model="m", input=SUM)
+    assert counted.input_tokens == response.usage.input_tokens
     again = client.responses.create(
         model="m",
         input=[

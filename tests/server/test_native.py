@@ -124,6 +124,9 @@ def test_props_slots_and_metrics(served: Served) -> None:
         next(lines)
         busy = [s for s in served.client.get("/slots").json() if s["is_processing"]]
         assert [(s["tenant"], s["n_ctx"]) for s in busy] == [("anna", 1024)]
+        (following,) = busy[0]["next_token"]
+        assert following["has_next_token"]
+        assert following["n_decoded"] + following["n_remain"] == ENDLESS["max_tokens"]
     served.ok("/completion", {**GREEDY, "prompt": SUM})
     response = served.client.get("/metrics")
     families = {f.name: f for f in text_string_to_metric_families(response.text)}

@@ -128,6 +128,11 @@ def test_logprobs_in_both_forms(served: Served) -> None:
     columns = served.ok(TEXT, text)["choices"][0]["logprobs"]
     assert columns["text_offset"] == [0, 1, 2, 3]
     assert [len(top) for top in columns["top_logprobs"]] == [2] * 4
+    hot = {**text, "temperature": 3, "top_k": 0, "seed": 1, "max_tokens": 20, "logprobs": 1}
+    found = served.ok(TEXT, hot)["choices"][0]["logprobs"]
+    sampled = zip(found["top_logprobs"], found["tokens"], found["token_logprobs"], strict=True)
+    assert all(top[token] == logprob for top, token, logprob in sampled)
+    assert max(map(len, found["top_logprobs"])) == 2  # the likeliest, and the sampled one
     streamed = [e["choices"][0]["logprobs"] for e in served.events(TEXT, text)[:-1]]
     for name in ("tokens", "text_offset"):
         assert [value for s in streamed if s for value in s[name]] == columns[name]
@@ -265,6 +270,12 @@ def test_too_long_says_the_numbers(served: Served) -> None:
         assert error["code"] == "context_length_exceeded"
         assert error["n_prompt_tokens"] > error["n_ctx"] == n_ctx
         assert str(error["n_prompt_tokens"]) in error["message"]
+
+
+def test_a_method_that_is_not_there_names_those_that_are(served: Served) -> None:
+    response = served.client.get("/tokenize")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["message"] == "Method Not Allowed"
 
 
 def test_bodies_that_are_none(served: Served) -> None:
