@@ -25,7 +25,8 @@ class ChunkSink(TextSink):
         self.transport = transport = protocol.transport
         self.flow = protocol.flow
         # one of its own: the transport closes its, and the next connection may get that
-        self.socket = os.dup(transport.get_extra_info("socket").fileno())
+        closed = transport.is_closing()
+        self.socket = -1 if closed else os.dup(transport.get_extra_info("socket").fileno())
         self.before, self.after = ffi.from_buffer(before), ffi.from_buffer(after)
 
     @classmethod

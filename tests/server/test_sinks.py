@@ -151,6 +151,22 @@ def test_a_socket_that_is_closed_gets_nothing_of_anothers(new_loop: Any) -> None
     run(new_loop, test)
 
 
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_who_has_left_before_the_first_token_gets_none(new_loop: Any) -> None:
+    async def test() -> None:
+        streams = Streams(2)
+        await streams.follow()
+        streams.ways[0].transport.abort()
+        await asyncio.sleep(0)
+        sent = [await streams.step() for _ in range(12)]
+        assert b"".join(bodies(streams.ways[1].come())) == b"".join(sent)
+        await streams.finish()
+        assert [task.exception() for task in streams.tasks] == [None] * 2
+        await streams.close()
+
+    run(new_loop, test)
+
+
 def test_texts_of_a_step_are_counted_together() -> None:
     async def test() -> None:
         streams = Streams(3)
