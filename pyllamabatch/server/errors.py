@@ -50,10 +50,9 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         more: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.headers = headers or {}
+        self.headers: Mapping[str, str] = {}
         self.status = status
         self.type = type
         self.error = {"message": message, "type": type, "param": param, "code": code}
@@ -118,7 +117,9 @@ def of(error: BaseException) -> ApiError:
         case ClientDisconnect():
             return ApiError(499, "the client has left")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+            answer = ApiError(error.status_code, str(error.detail))
+            answer.headers = error.headers or {}
+            return answer
     log.error("a request failed", exc_info=error)
     return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
 
