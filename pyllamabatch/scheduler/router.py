@@ -107,7 +107,8 @@ class PrefixAffinity(Router):
         return home
 
     def _least(self, replicas: Mapping[Name, ReplicaView], n: int) -> Name:
-        """The least busy one, for a prompt of `n` elements."""
+        """The least busy one, for a prompt of `n` elements: one without requests, if there is."""
+        replicas = {name: view for name, view in replicas.items() if not view.n_open} or replicas
         fewest = min(view.n_open for view in replicas.values())
         ahead = {
             name: self._to_compute(name, view.n_open)

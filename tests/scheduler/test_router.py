@@ -91,12 +91,14 @@ def test_a_small_difference_of_work_is_none() -> None:
     router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
     assert router.choose(prompt((1, 900)), two) == "a"
     assert router.choose(prompt((2, 400)), two) == "b"
-    two["b"] = ReplicaView(1)
+    two = {"a": ReplicaView(1), "b": ReplicaView(1)}
+    assert router.choose(prompt((1, 900), (3, 1)), two) == "a"
     assert router.choose(prompt((2, 400), (3, 20)), two) == "b"
-    assert (
-        router.choose(prompt((4, 400)), two) == "b"
-    )  # 20 elements more to compute, 480 fewer held
+    assert router.choose(prompt((4, 400)), two) == "b"  # holds 481 fewer, has 19 more to compute
     assert router.choose(prompt((5, 60)), two) == "a"
+    assert router.choose(prompt((2, 400), (6, 20)), two) == "b"
+    two["a"] = ReplicaView()
+    assert router.choose(prompt((7, 400)), two) == "a"  # which has nothing to do
 
 
 def test_replicas_come_and_go() -> None:
