@@ -177,8 +177,8 @@ class Notes:
             self.problems.add(problem)
             self._progress.note(f"{self._name}:{row['line']}: id {row['id']!r}: {problem}")
         self._n_tokens += row["n_generated"]
-        rate = self._n_tokens / (time.monotonic() - self._began)
-        shown = f"{rate:.1f} tok/s" if self._n_tokens else ""
+        seconds = time.monotonic() - self._began  # 0 where the clock has not ticked yet
+        shown = f"{self._n_tokens / seconds:.1f} tok/s" if self._n_tokens and seconds else ""
         self._progress.update(self._results.n_written, shown)
 
 

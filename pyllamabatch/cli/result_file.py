@@ -3,16 +3,18 @@
 `OUT` only grows, and holds finished rows in the order of the input. A row that finishes before its
 turn waits in `OUT.part`: a killed run loses nothing that was finished."""
 
-import fcntl
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyllamabatch.errors import ArgumentError
 
 Row = dict[str, Any]
+
+LOCKED = 2**31 - 2  # on Windows, this byte of the file
 
 _ROW_START = b'{"id": '  # `id` is the first field of every row
 
@@ -94,14 +96,28 @@ def result_file(path: Path) -> Iterator[ResultFile]:
     with open(path, "a+b") as file, open(part_path, "a+b") as part:
         results = ResultFile(str(path), file, part)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError:
             raise results.problem("another run is writing to this file") from None
         try:
             yield results
         finally:
             if part_path.stat().st_size == 0:
-                part_path.unlink()
+                with suppress(PermissionError):  # on Windows an open file stays
+                    part_path.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Until it is closed. OSError where another process has it."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        file.seek(LOCKED)  # others could not read a byte that is there
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def encode(row: Row) -> bytes:

@@ -14,7 +14,6 @@ draws one:
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -23,6 +22,7 @@ from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
+from pyllamabatch.engine.layout import LEAST_STREAM_CELLS
 from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
@@ -30,7 +30,6 @@ from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import (
     ROUTERS,
     EngineSpec,
-    TraceRequest,
     at_load,
     draw_acceptance,
     load_acceptance,
@@ -124,16 +123,23 @@ def run(args: argparse.Namespace) -> int:
         requests = draw_acceptance(requests, acceptance, args.seed)
     speculate = any(r.acceptance is not None for r in requests)
     profile = load_profile(args.profile)
-    if args.kv_unified is None:
-        args.kv_unified = chooses_pool(profile, requests, args)
-    cost = CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch)
-    spec = EngineSpec.of(
-        cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
-        n_ubatch=args.n_ubatch, unified=args.kv_unified, prefix_cache=args.prefix_cache,
-        overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
-        moves=Moves.of(profile.key.backend),
-    )  # fmt: skip
-    spec = replace(spec, latency=args.latency)
+
+    def spec_of(unified: bool) -> EngineSpec:
+        cost = CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
+        spec = EngineSpec.of(
+            cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
+            n_ubatch=args.n_ubatch, unified=unified, prefix_cache=args.prefix_cache,
+            overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
+            moves=Moves.of(profile.key.backend),
+        )  # fmt: skip
+        return replace(spec, latency=args.latency)
+
+    chooses = args.kv_unified is None
+    if chooses:
+        args.kv_unified = chooses_pool(profile, args)
+    spec = spec_of(args.kv_unified)
+    if chooses and not (args.kv_unified or args.batch_invariant):
+        spec = replace(spec, pool=spec_of(True))
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)
     runs = [
@@ -172,15 +178,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chooses_pool(
-    profile: Profile, requests: Sequence[TraceRequest], args: argparse.Namespace
-) -> bool:
-    """Whether an engine that is not told otherwise has one pool of cells: where a request needs
-    more than an equal share, and where a pool is faster on this device."""
-    longest = max((r.n_prompt + (r.max_tokens or r.n_output) for r in requests), default=0)
+def chooses_pool(profile: Profile, args: argparse.Namespace) -> bool:
+    """Whether an engine that is not told otherwise begins with one pool of cells: where an equal
+    share is of little use, and where a pool is faster on this device."""
     if args.batch_invariant:
         return False
-    if args.n_seq_max == 1 or longest > args.n_ctx // args.n_seq_max:
+    if args.n_seq_max == 1 or args.n_ctx // args.n_seq_max < LEAST_STREAM_CELLS:
         return True
 
     def cost_of(unified: bool) -> CostModel:

@@ -87,14 +87,19 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.end)
+        loop = asyncio.get_running_loop()
+
+        def heard(*_: Any) -> None:  # loops of Windows have no handlers of their own
+            loop.call_soon_threadsafe(self.end)
+
+        before = {
+            number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def end(self) -> None:
         """Drain and end; the second call ends at once. In the event loop."""

@@ -23,6 +23,7 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler.kv_options import Pool
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.scheduler.step import Shape
 from pyllamabatch.sim.drafts import Luck, Sampling, Steps, drafted_of, plain, steps_of
@@ -56,7 +57,7 @@ NO_MOVES = Moves()
 class EngineSpec:
     """What every replica is. sharing, retain, invariance: see `KvOptions`. overhead: seconds of a
     native call beside its steps. latency: seconds from a token to its reader. new_graph: see
-    `NewGraph`. moves: see `Moves`."""
+    `NewGraph`. moves: see `Moves`. pool: what streams become when a sequence needs it."""
 
     cost: StepCost
     limits: Limits
@@ -67,6 +68,7 @@ class EngineSpec:
     new_graph: NewGraph = NO_COST
     invariance: Invariance | None = None
     moves: Moves = NO_MOVES
+    pool: EngineSpec | None = None
 
     @classmethod
     def of(
@@ -184,10 +186,13 @@ class SimulatedReplica:
         index: int = 0,
         n_trace: int = 0,
     ) -> None:
-        self.spec = spec
         self.index = index
         self.load = Load(n_cells=spec.limits.n_cells)
-        kv = KvOptions(spec.sharing, spec.retain, invariance=spec.invariance)
+        pool = None
+        if spec.pool is not None:  # with the slots that the streams have
+            sharing = replace(spec.pool.sharing, n_cached=spec.sharing.n_cached)
+            pool = Pool(spec.pool.limits, sharing)
+        kv = KvOptions(spec.sharing, spec.retain, pool=pool, invariance=spec.invariance)
         self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
         self.load.counters = self.scheduler.counters
         self.recorder = StepRecorder(n_trace, self.scheduler.n_slots) if n_trace else None
@@ -202,6 +207,12 @@ class SimulatedReplica:
         self._rows_before = 0  # of the last step
         self._drafted_rows = 0  # of the last one with drafts
         self._sampling = Sampling(*spec.moves)
+        self._is(spec)
+
+    def _is(self, spec: EngineSpec) -> None:
+        """An engine of this kind from now on."""
+        self.spec = spec
+        self.load.n_cells = spec.limits.n_cells
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
         if spec.new_graph.step or switch:
@@ -369,6 +380,9 @@ class SimulatedReplica:
             else:
                 one.outcome.admitted = now
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
+        if self.spec.pool and any(operation.kind == "pool" for operation in step.kv_operations):
+            self._is(self.spec.pool)
+            self.scheduler.set_cost(self.spec.cost)
         if self.recorder is not None:
             self.recorder.placed(step)
         if step.n_rows:

@@ -1,5 +1,6 @@
 """`pyllamabatch generate` with the embedded model, as a process and in this one."""
 
+import io
 import json
 import random
 import signal
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 from pyllamabatch.cli import main
+from pyllamabatch.cli.console import ProgressBar
+from pyllamabatch.cli.generate import Notes
+from pyllamabatch.cli.result_file import ResultFile
 from pyllamabatch.llama.chat import ChatPrompt
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
@@ -217,6 +221,16 @@ def test_a_chat_ends_at_the_stops_of_its_template(
     monkeypatch.setattr(ChatPrompt, "of", lambda rendered, p: of({**rendered, "stops": [stop]}, p))
     assert files.run(*GREEDY, "--overwrite") == 0
     assert files.rows()[0]["text"] == text[: text.index(stop)]
+
+
+def test_a_row_that_comes_before_the_clock_ticks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 5.0)
+    with ProgressBar("generate", 1, quiet=True) as progress:
+        notes = Notes(progress, ResultFile("stdout", io.BytesIO()), "-")
+        notes.row({"n_generated": 5})
+    assert not notes.problems
 
 
 def test_messages_are_read_as_a_chat_reads_them(files: Files) -> None:

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pyllamabatch.cli.result_file import ResultFile, Row, decode, encode, result_file
+from pyllamabatch.cli.result_file import LOCKED, ResultFile, Row, decode, encode, result_file
 from pyllamabatch.errors import ArgumentError
 
 
@@ -40,6 +43,35 @@ def finished(results: ResultFile) -> list[int]:
 
 def lines_of(text: bytes) -> list[int]:
     return [json.loads(line)["line"] for line in text.splitlines()]
+
+
+def test_a_file_is_locked_with_what_windows_has(
+    out: Path, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte far behind the rows; and an empty part file that is open can't be taken away."""
+    locked: list[tuple[int, int]] = []
+
+    def locking(descriptor: int, mode: int, n_bytes: int) -> None:
+        at = os.lseek(descriptor, 0, os.SEEK_CUR), n_bytes
+        if at in locked:
+            raise PermissionError
+        locked.append(at)
+
+    def unlink(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    windows = SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    with result_file(out) as results:
+        assert add(results, 1, 0) == [0, 2]
+        with pytest.raises(ArgumentError, match="another run"), result_file(out):
+            pass
+    assert locked == [(LOCKED, 1)]
+    assert lines_of(out.read_bytes()) == [1, 2]
+    assert part.read_bytes() == b""
 
 
 def test_rows_go_out_in_order(out: Path, part: Path) -> None:

@@ -59,7 +59,8 @@ def test_its_steps_look_like_live_ones(tmp_path: Path) -> None:
     [
         (["-s", "4", "--batch-invariant"], False),
         (["-s", "1", "--load", "0.5", "--acceptance", "0.6"], True),
-        (["-s", "4", "-c", "800"], True),  # a share is less than the longest request
+        (["-s", "4", "-c", "800"], True),  # a share is of little use
+        (["-s", "4", "-c", "2048"], False),
     ],
 )
 def test_the_layout_is_an_engines_own(tmp_path: Path, words: list[str], unified: bool) -> None:

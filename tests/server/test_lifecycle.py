@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from pyllamabatch.server import answer
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.errors import of
 from pyllamabatch.server.options import ServerOptions
+from pyllamabatch.server.run import Server, listen
 from tests.support.engines import held
 from tests.support.faults import set_fault
 from tests.support.served import (
@@ -158,6 +160,31 @@ def test_command_drains_at_a_signal() -> None:
         assert done == "data: [DONE]"
         assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
         assert process.wait(30) == 0
+
+
+def test_signals_where_loops_have_no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows. Those that were there before come back."""
+    before = signal.getsignal(signal.SIGTERM)
+    ended: list[object] = []
+    monkeypatch.setattr(Server, "end", lambda server: ended.append(server))
+
+    async def serve(server: Server) -> None:
+        monkeypatch.setattr(
+            type(asyncio.get_running_loop()), "add_signal_handler", loop_of_windows, raising=False
+        )
+        with server.capture_signals():
+            signal.raise_signal(signal.SIGTERM)
+            while not ended:
+                await asyncio.sleep(0)
+
+    def loop_of_windows(*_: object) -> None:
+        raise NotImplementedError
+
+    with listen("127.0.0.1", 0) as listening:
+        server = Server(lambda: None, listening, service=SimpleNamespace(draining=False))
+        asyncio.run(serve(server))
+    assert ended == [server]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_where_one_choice_fails_no_other_writes_any_more() -> None:

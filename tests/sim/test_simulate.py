@@ -61,6 +61,30 @@ def outcomes(
     return sorted(found, key=lambda o: o.id)
 
 
+def with_pool() -> EngineSpec:
+    """Streams of 1,024 cells that may become a pool."""
+    return replace(machine(unified=False), pool=machine())
+
+
+def test_a_budget_that_no_stream_has_delays_no_other_request() -> None:
+    requests = [one(i, 0.0, 900, 100) for i in range(3)]
+    small, large = (one(9, 5.0, 2, 5, max_tokens=n) for n in (0, 3000))
+    times = [
+        [(o.first, o.end, o.preemptions) for o in simulate([*requests, r], with_pool()).outcomes]
+        for r in (small, large)
+    ]
+    assert times[0] == times[1]
+
+
+def test_streams_become_a_pool_for_an_answer_that_outgrows_its_own() -> None:
+    requests = [one(0, 0.0, 900, 2000), one(1, 0.0, 2, 60)]
+    run = simulate(requests, with_pool())
+    assert {o.id: o.preemptions for o in run.outcomes} == {0: 1, 1: 0}
+    assert all(o.end > o.first for o in run.outcomes)
+    assert run.loads[0].n_cells == 4096
+    assert run.loads[0].kv_peak > 2000
+
+
 def test_one_request_and_the_overhead_of_a_call() -> None:
     (o,) = outcomes([one(1, 2.0, 90, 11)])
     assert (o.arrival, o.admitted) == (2.0, 2.0)
