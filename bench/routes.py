@@ -8,8 +8,9 @@ from that, and so does the hit rate of a run. The simulation is the mean of many
 
 The simulation has a profile that is measured first (--calibrate), while other processes do what
 the other replicas will, and which the live replicas plan with, too; or that of a profile machine
-(--machine), of which each replica has a GPU of its own. And it knows what a request takes beside
-its engine, on its way through a fleet, which is measured before, too. Wants the extra `ray`.
+(--machine), of which each replica has a GPU of its own. And it knows what an engine takes between
+two native calls, and a request on its way through a fleet, which are measured before, too. Wants
+the extra `ray`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 
 from bench import harness
 from bench.beside_others import calibrated, own_profiles
@@ -38,6 +40,7 @@ from bench.chats import (
     USERS,
     Sizes,
     complete,
+    drawn,
     order,
     talk,
     trace,
@@ -57,12 +60,13 @@ from pyllamabatch.machine.profile_machine import ProfileMachine
 from pyllamabatch.report.meters import OtherCores, descendants
 from pyllamabatch.report.records import Record
 from pyllamabatch.sim import EngineSpec, simulate
-from pyllamabatch.sim.replica import OVERHEAD
+from pyllamabatch.step.sampling_params import SamplingParams
 from tools.live import spec_of
 from tools.serve_load import metrics_of
 
 REPLICAS = 2
 N_ORDERS = 8  # of the clients, that are simulated
+N_BETWEEN = 32  # requests, and tokens of each, until it is known what is between native calls
 N_ON_THE_WAY = 10  # requests of each client whose way is timed
 TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
 LIVE, SIMULATED = "live", "simulated"
@@ -252,7 +256,20 @@ def spec_on(options: argparse.Namespace, model: Model | None) -> EngineSpec:
         profile = calibrated(model, options.gpu_layers, seconds, n_others, **own)
     cost = CostModel.fit(profile, unified=True)
     with Engine(model, machine=options.machine or None, **own) as engine:
-        return spec_of(engine, OVERHEAD, cost=cost)
+        return spec_of(engine, between_calls(engine), cost=cost)
+
+
+def between_calls(engine: Engine) -> float:
+    """Seconds from a native call to the next one, while requests end and others begin."""
+    rng = random.Random(1)
+    prompts = [drawn(rng, N_BETWEEN) for _ in range(N_BETWEEN)]
+    params = [
+        SamplingParams(max_tokens=rng.randint(1, 8), ignore_eog=True) for _ in range(N_BETWEEN)
+    ]
+    engine.generate(prompts, params)
+    table = engine.trace()
+    first = np.diff(table["run"], prepend=table["run"][0]) != 0
+    return float(table["python_ns"][first].mean()) / 1e9
 
 
 def own_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,13 @@ from tests.support.made_up_costs import Linear
 from tests.support.made_up_rows import row
 from tests.support.served import serving
 
-ENGINE = {"n_threads": 1, "n_threads_batch": 1, "n_seq_max": 4, "n_ctx": 1024, "kv_unified": True}
+ENGINE: dict[str, Any] = {
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "n_seq_max": 4,
+    "n_ctx": 1024,
+    "kv_unified": True,
+}
 
 
 def test_clients_ask_what_is_simulated(
@@ -54,6 +61,15 @@ def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
     assert affinity.settings == {"n_kv_max": n_cells}
     assert affinity.detail["way_s"] == pytest.approx(0.015)
     assert affinity.detail["other_cpu"] == 0  # whatever else runs
+
+
+def test_what_is_between_calls_is_not_within_them(embedded_model: Model) -> None:
+    with Engine(embedded_model, **ENGINE) as engine:
+        found = routes.between_calls(engine)
+        table = engine.trace()
+    n_calls = len(set(table["run"].tolist()))
+    assert n_calls > 8
+    assert 0 < found * (n_calls - 1) <= table["python_ns"].sum() / 1e9
 
 
 def test_a_wrong_arm_costs_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
