@@ -132,8 +132,10 @@ def make_drafter(spec: str) -> AnyDrafter:
     """The drafter that `spec` names: "ngram", "ngram:corpus=100000", "draft" for the embedded
     model's, "draft:FILE", or as `Registry.make` reads it: "FILE.py:NAME", "MODULE:NAME" or the name
     of an entry point in the group `pyllamabatch.drafters`. ArgumentError."""
-    name, _, file = spec.partition(":")
-    if name == "draft" and file:
+    name, colon, file = spec.partition(":")
+    if name == "draft" and colon:
+        if not file:
+            raise ArgumentError("speculate", spec, 'draft:FILE, or "draft" for the embedded model')
         return Draft(file)
     return _DRAFTERS.make(spec)
 

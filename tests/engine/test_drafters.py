@@ -140,6 +140,8 @@ def test_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"one of draft, mtp, ngram, or your own"):
         drafter_of("n-gram")
+    with pytest.raises(ArgumentError, match=r"speculate='draft:'.* the embedded model"):
+        drafter_of("draft:")
     with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):
         drafter_of(object())
     with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):
