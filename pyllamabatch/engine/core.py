@@ -257,8 +257,10 @@ class EngineCore:
             if step is None:  # a policy waits: what it waits for may be a reader
                 self._stepper.flush()
                 return
-            if step.drafts and self._device.feed.each_step:
+            drafting = self.scheduler.drafting
+            if drafting is not None and step.drafts and self._device.feed.each_step:
                 step.repeat = 1  # the drafter's doing, no command's
+                drafting.cuts = min(drafting.cuts, 1)
             step.behind &= not self.recovery.tries_again  # or whose fault it is can't be told
             self._place(step)
             if step.kv_operations and not self.kv.carry_out(step.kv_operations):
@@ -276,7 +278,6 @@ class EngineCore:
             if run.code or not run.n_steps:  # the next call may go on from this one
                 return
             computed += run.seconds
-        drafting = self.scheduler.drafting
         if drafting is not None:
             drafting.turned(perf_counter() - began - computed, prompts=bool(step.chunks))
 
