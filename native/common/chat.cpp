@@ -119,6 +119,19 @@ std::vector<llama_token> prefill(const llama_vocab * vocab, const std::string & 
     return tokens;
 }
 
+// Where content or thoughts end in an answer: what its parser reads up to.
+common_json markers_of(const common_peg_arena & parser) {
+    common_json markers = common_json::array();
+    for (size_t i = 0; i < parser.size(); i++) {
+        if (const auto * until = std::get_if<common_peg_until_parser>(&parser.get((common_peg_parser_id) i))) {
+            for (const std::string & marker : until->delimiters) {
+                markers.push_back(marker);
+            }
+        }
+    }
+    return markers;
+}
+
 common_json rendered(const llama_vocab * vocab, const common_chat_params & chat) {
     common_params_sampling sampling;
     sampling.grammar_lazy = chat.grammar_lazy;
@@ -153,6 +166,7 @@ common_json rendered(const llama_vocab * vocab, const common_chat_params & chat)
     out["preserved_texts"]   = texts;
     out["stops"]             = chat.additional_stops;
     out["generation_prompt"] = chat.generation_prompt;
+    out["markers"]           = markers_of(chat.parser);
     out["prefill"]           = prefill(vocab, chat.generation_prompt);
     out["thinking_start"]    = common_tokenize(vocab, chat.thinking_start_tag, false, true);
     out["thinking_ends"]     = ends;
@@ -195,10 +209,11 @@ char * plb_chat_render(const plb_chat_template * self, const char * request, plb
         const plb::memory_watch memory;
         const auto inputs = inputs_of(*self, common_json::parse(request));
         common_chat_params chat = common_chat_templates_apply(self->templates.get(), inputs);
+        const common_json answer = rendered(self->vocab, chat);
         auto made = std::make_unique<plb_chat_parser>();
         made->params = common_chat_parser_params(chat);
         made->params.parser = std::move(chat.parser);
-        char * out = copied(rendered(self->vocab, chat), memory);
+        char * out = copied(answer, memory);
         *parser = made.release();
         return out;
     });

@@ -40,7 +40,8 @@ char * plb_chat_template_info(const plb_chat_template * self);
  * enable_thinking, add_generation_prompt, continue_final_message, template_kwargs}, all but the
  * first optional, in the words of llama-server's API. Returns {prompt, format, grammar, grammar_lazy,
  * trigger_patterns, trigger_tokens, preserved_tokens, preserved_texts, stops, generation_prompt,
- * prefill, thinking_start, thinking_ends}, tokens as ids. *parser reads the answers to this prompt. */
+ * markers, prefill, thinking_start, thinking_ends}, tokens as ids. markers: before one of these, or
+ * at the end, content and thoughts end. *parser reads the answers to this prompt. */
 char * plb_chat_render(const plb_chat_template * self, const char * request, plb_chat_parser ** parser);
 /* The message {role, content, reasoning_content, tool_calls} in an answer. partial: more may follow. */
 char * plb_chat_parse(const plb_chat_parser * parser, const char * text, size_t size, bool partial);

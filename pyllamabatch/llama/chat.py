@@ -82,12 +82,14 @@ class ChatPrompt(str):
     - grammar: what an answer must look like, for tools and a schema; None: anything.
     - stops: texts that end an answer.
     - preserved_tokens: special tokens whose text the parser needs, and that text.
-    - generation_prompt: what the template has put at the start of the answer."""
+    - generation_prompt: what the template has put at the start of the answer.
+    - markers: content and thoughts end before one of these, or with the answer."""
 
     grammar: Grammar | None = None
     stops: tuple[str, ...] = ()
     preserved_tokens: Mapping[int, str] = MappingProxyType({})
     generation_prompt: str = ""
+    markers: tuple[str, ...] = ()
     _parser: Any = None
 
     @classmethod
@@ -99,6 +101,7 @@ class ChatPrompt(str):
         special = rendered["preserved_tokens"], rendered["preserved_texts"]
         prompt.preserved_tokens = dict(zip(*special, strict=True))
         prompt.generation_prompt = rendered["generation_prompt"]
+        prompt.markers = tuple(sorted({*rendered["markers"]} - {""}))
         if rendered["grammar"]:
             lazy = rendered["grammar_lazy"]
             prompt.grammar = Grammar(
@@ -128,7 +131,7 @@ class ChatPrompt(str):
 
     def reader(self) -> MessageReader:
         """For an answer that arrives piece by piece."""
-        return MessageReader(self.parse)
+        return MessageReader(self.parse, self.markers)
 
 
 class ChatTemplate:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from pyllamabatch.errors import ChatParseError
 
-OFTEN = 2048
+READINGS = 256
+SPARE = 8192
+Part = Literal["content", "reasoning_content"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,22 @@ class MessageReader:
             delta = reader.feed(text)
         delta = reader.feed("", last=True)
 
-    `message`: what there is so far. Every tool call gets an id. What the deltas have said is never
-    taken back. A parser reads the whole text each time: of one that is longer than `OFTEN`
-    characters it is read again once it has grown by a 64th, and at `now` or `last`."""
+    `markers`: content and thoughts end before one of these only. Every tool call gets an id. What
+    the deltas have said is never taken back.
 
-    def __init__(self, parse: Callable[[str, bool], ChatMessage]) -> None:
+    A parser reads the whole text each time. Content and thoughts grow without it, up to what may be
+    a marker. Else text waits, but not at `now` or `last`, until the characters of all readings are
+    at most `READINGS` times those of the text and `SPARE` more."""
+
+    def __init__(
+        self, parse: Callable[[str, bool], ChatMessage], markers: tuple[str, ...] = ()
+    ) -> None:
         self._parse = parse
+        self._marker = pattern_of(markers)
         self._text = ""
-        self._n_read = 0  # characters of the text that `message` is of
+        self._n_said = 0  # characters of the text that were read, or have grown a part
+        self._n_read = 0  # characters, of all readings
+        self._growing: Part | None = None
         self._ids: list[str] = []
         self._said = self.message = self._parsed(partial=True)  # of an answer that is continued
 
@@ -113,9 +125,13 @@ class MessageReader:
         `ChatParseError` when the whole is not what the format allows."""
         self._text += text
         n = len(self._text)
-        if not (now or last) and n - self._n_read < max(1, (n - OFTEN) // 64):
-            return ChatDelta()
-        self._n_read = n
+        marker = self._marker.search(self._text, self._n_said)
+        if not (now or last):
+            if self._growing and (marker is None or marker["whole"] is None):
+                return self._grown(self._growing, n if marker is None else marker.start())
+            if self._n_read + n > READINGS * (n + SPARE):
+                return ChatDelta()
+        new, self._n_said = self._text[self._n_said :], n
         try:
             self.message = self._parsed(partial=not last)
         except ChatParseError:
@@ -128,9 +144,21 @@ class MessageReader:
         self._said = ChatMessage(
             said.content + content, said.reasoning_content + reasoning, tuple(calls)
         )
+        grown: dict[tuple[str, str], Part] = {
+            (new, ""): "content", ("", new): "reasoning_content",
+        }  # fmt: skip
+        self._growing = grown.get((content, reasoning)) if new and marker is None else None
         return ChatDelta(content, reasoning, tuple(deltas))
 
+    def _grown(self, part: Part, end: int) -> ChatDelta:
+        """It has the characters of the text before this one."""
+        new, self._n_said = self._text[self._n_said : end], end
+        self._said = longer(self._said, part, new)
+        self.message = longer(self.message, part, new)
+        return ChatDelta(new) if part == "content" else ChatDelta(reasoning_content=new)
+
     def _parsed(self, partial: bool) -> ChatMessage:
+        self._n_read += len(self._text)
         message = self._parse(self._text, partial)
         calls = []
         for i, call in enumerate(message.tool_calls):
@@ -156,6 +184,21 @@ class MessageReader:
             else:
                 break
         return said, deltas
+
+
+def longer(message: ChatMessage, part: Part, new: str) -> ChatMessage:
+    return replace(message, **{part: getattr(message, part) + new})
+
+
+@lru_cache(maxsize=256)
+def pattern_of(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the first marker, group "whole", or the beginning of one at the end of a text."""
+    if not markers:
+        return re.compile("(?P<whole>(?!))")
+    whole = "|".join(map(re.escape, markers))
+    begun = "|".join(re.escape(m[:n]) for m in markers for n in range(1, len(m)))
+    first = "".join(re.escape(marker[0]) for marker in markers)
+    return re.compile(f"(?=[{first}])(?:(?P<whole>{whole})|(?:{begun or '(?!)'})\\Z)")
 
 
 def added(old: str, new: str) -> str:

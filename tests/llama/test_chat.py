@@ -191,22 +191,48 @@ def test_brackets_in_strings_are_no_levels(hermes: ChatTemplate) -> None:
     assert '\\\\\\"[[[' in hermes.render([USER, said.to_dict()], tools=[WEATHER])
 
 
-def test_a_long_answer_is_not_parsed_at_each_piece() -> None:
-    lengths: list[int] = []
+class OneCall:
+    """A parser of content, and of what is behind "<call>" as arguments. It counts characters."""
 
-    def parse(text: str, partial: bool) -> ChatMessage:
-        lengths.append(len(text))
-        return ChatMessage(text)
+    def __init__(self) -> None:
+        self.n_texts = self.n_characters = 0
 
-    reader, said = MessageReader(parse), ""
-    for i in range(10_000):
-        said += reader.feed(f"{i:04}").content
-        assert len(reader.text) - len(said) <= len(reader.text) // 64
-    assert len(lengths) < 1_000
-    said += reader.feed("!", now=True).content
-    assert said == reader.text
-    said += reader.feed("more").content
-    assert reader.feed("", last=True).content == "more"
+    def __call__(self, text: str, partial: bool) -> ChatMessage:
+        self.n_texts += 1
+        self.n_characters += len(text)
+        content, marker, arguments = text.partition("<call>")
+        if not marker:
+            held = next((n for n in range(5, 0, -1) if text.endswith("<call>"[:n])), 0)
+            return ChatMessage(text[: len(text) - held] if partial else text)
+        return ChatMessage(content, "", (ToolCall("f", arguments),))
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_content_comes_at_once_and_is_not_read_again(size: int) -> None:
+    parse = OneCall()
+    reader, said = MessageReader(parse, ("<call>",)), ""
+    text = "".join(f"{i:04} <ca <c" for i in range(3_000))
+    for i in range(0, len(text), size):
+        said += reader.feed(text[i : i + size]).content
+        assert said == reader.message.content
+        assert len(reader.text) - len(said) < len("<call>")
+    assert parse.n_texts < 9
+    delta = reader.feed("<call>{}")
+    assert [(call.name, call.arguments) for call in delta.tool_calls] == [("f", "{}")]
+    assert said + delta.content == text
+
+
+def test_what_must_be_read_again_costs_as_many_readings_as_the_text_is_long() -> None:
+    parse = OneCall()
+    reader, said = MessageReader(parse, ("<call>",)), ""
+    for piece in ("<call>", *(f"{i:04}" for i in range(10_000))):
+        said += "".join(call.arguments for call in reader.feed(piece).tool_calls)
+        waits = len(reader.text) - len("<call>") - len(said)
+        assert waits <= len(reader.text) // 256 + 4
+    assert parse.n_characters <= 256 * (len(reader.text) + 8192)
+    (more,) = reader.feed("!", now=True).tool_calls
+    said += more.arguments
+    assert "<call>" + said == reader.text
 
 
 def test_thinking_can_be_switched_off(hermes: ChatTemplate) -> None:
