@@ -192,7 +192,7 @@ def longer(message: ChatMessage, part: Part, new: str) -> ChatMessage:
 
 @lru_cache(maxsize=256)
 def pattern_of(markers: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds the first marker, group "whole", or the beginning of one at the end of a text."""
+    """Finds the first marker, group "whole", or what a text ends with that may become one."""
     if not markers:
         return re.compile("(?P<whole>(?!))")
     whole = "|".join(map(re.escape, markers))

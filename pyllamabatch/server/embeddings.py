@@ -78,7 +78,7 @@ async def rerank(service: Service, request: Request) -> Response:
         raise invalid("documents", documents, "must be a list of at least one text")
     check_number(documents, "documents")
     pairs = await service.apart(lambda: embedder.pairs(body.query, documents))
-    best = best_of(await _computed(embedder, request, pairs), body.top_n)
+    best = best_of(await _computed(service, embedder, request, pairs), body.top_n)
     results = [
         {"index": one.index, "relevance_score": one.score}
         | ({"document": {"text": documents[one.index]}} if body.return_text else {})
@@ -106,17 +106,21 @@ async def _vectors(
     check_number(prompts, name)
     tokens = await service.apart(lambda: [service.tokens(prompt, name=name) for prompt in prompts])
     embedder.check(tokens, name)
-    vectors = await _computed(embedder, request, tokens)
+    vectors = await _computed(service, embedder, request, tokens)
     if body.embd_normalize == 2:
         vectors = normalized(vectors)
     return tokens, vectors
 
 
-async def _computed(embedder: Embedder, request: Request, texts: Sequence[TokenArray]) -> Vectors:
+async def _computed(
+    service: Service, embedder: Embedder, request: Request, texts: Sequence[TokenArray]
+) -> Vectors:
     """The vectors of a request's texts, or their scores, as long as its client is there."""
+    service.admit()
     embedding = embedder.submit(texts, ranks=embedder.ranks)
-    async with cancelled_on_leave(request.receive, [embedding]):
-        return await asyncio.wrap_future(embedding.future)
+    with service.running(embedding):
+        async with cancelled_on_leave(request.receive, [embedding]):
+            return await asyncio.wrap_future(embedding.future)
 
 
 def need(embedder: Embedder | None, *, ranks: bool) -> Embedder:

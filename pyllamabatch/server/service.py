@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..engine.embedder import Embedder
+from ..engine.embedding_core import Embedding
 from ..engine.engine import Engine
 from ..engine.followers import Followers
 from ..engine.stream import Stream
@@ -72,6 +74,7 @@ class Service:
         self.created = self.now()
         self.fingerprint = f"{runtime.text(lib.plb_llama_cpp_build())}-pyllamabatch"
         self.draining = False
+        self._embeddings: dict[Embedding, asyncio.Future[None]] = {}
         self._pieces: dict[int, bytes] = {}
         self._followers = WeakKeyDictionary[asyncio.AbstractEventLoop, Followers]()
         # Long texts and grammars would hold up all streams: these two threads take them.
@@ -84,12 +87,34 @@ class Service:
 
     async def drain(self) -> None:
         """Open requests are finished, or cut off after `drain_timeout`."""
-        if self._engine is not None and not await self._engine.adrain(self.options.drain_timeout):
-            await self._engine.astop()
+        seconds = self.options.drain_timeout
+        ended: list[asyncio.Future[Any]] = [*self._embeddings.values()]
+        if self._engine is not None:
+            ended.append(asyncio.ensure_future(self._engine.adrain(seconds)))
+        if ended:
+            await asyncio.wait(ended, timeout=seconds)
+        await self.stop()
 
     async def stop(self) -> None:
+        for embedding in self._embeddings:
+            embedding.cancel()
         if self._engine is not None:
             await self._engine.astop()
+
+    def admit(self) -> None:
+        """ApiError where no new request is taken."""
+        if self.draining:
+            raise ApiError(503, "the server is about to end", "unavailable_error", code="draining")
+
+    @contextmanager
+    def running(self, embedding: Embedding) -> Iterator[None]:
+        """An open request: the end of the server waits for it."""
+        ended = self._embeddings[embedding] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._embeddings[embedding]
+            ended.set_result(None)
 
     @property
     def engine(self) -> Engine:
@@ -173,8 +198,7 @@ class Service:
     ) -> Prepared:
         """The requests of a body, submitted. `more`: fields of `SamplingParams` beside the body's;
         `stop` joins the body's. Raises what becomes a 4xx or a 503."""
-        if self.draining:
-            raise ApiError(503, "the server is about to end", "unavailable_error", code="draining")
+        self.admit()
         n = body.n * len(prompts)
         if n > self.options.n_choices_max:
             raise invalid("n", n, f"at most {self.options.n_choices_max} choices of a request")

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +17,10 @@ import httpx
 import pytest
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from pyllamabatch.engine.embedding_core import EmbeddingCore
 from pyllamabatch.errors import ContextCreateError, KvCacheFull
 from pyllamabatch.llama.model import Model
-from pyllamabatch.server import answer
+from pyllamabatch.server import answer, run
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.errors import of
 from pyllamabatch.server.options import ServerOptions
@@ -185,6 +188,39 @@ def test_signals_where_loops_have_no_handlers(monkeypatch: pytest.MonkeyPatch) -
         asyncio.run(serve(server))
     assert ended == [server]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(60, 200), (0, 503)])
+def test_the_end_waits_for_embeddings(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, status: int
+) -> None:
+    """As long as it waits for completions. What it cuts off is told so."""
+    inside, go_on, compute = threading.Event(), threading.Event(), EmbeddingCore._compute
+
+    def held_up(core: EmbeddingCore, taken: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        compute(core, taken)
+
+    monkeypatch.setattr(EmbeddingCore, "_compute", held_up)
+    monkeypatch.setattr(run, "CLOSE_SECONDS", 0.2)
+    options = ServerOptions(embeddings=True, drain_timeout=seconds)
+    with (
+        running(create_app(embedded_model, options)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answered = pool.submit(client.post, "/v1/embeddings", json={"input": "a"})
+        assert inside.wait(60)
+        server.servers[0].get_loop().call_soon_threadsafe(server.end)
+        if status == 200:
+            refused = client.post("/v1/embeddings", json={"input": "b"})
+            assert refused.json()["error"]["code"] == "draining"
+            go_on.set()
+        response = answered.result(60)
+        go_on.set()
+    assert response.status_code == status
+    assert status == 200 or response.json()["error"]["code"] == "closed"
 
 
 def test_where_one_choice_fails_no_other_writes_any_more() -> None:
