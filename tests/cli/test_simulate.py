@@ -184,6 +184,7 @@ def test_acceptance_of_requests_that_were_answered(
     bias = {"logit_bias": {"97": 25.0, "98": 25.0}, "ignore_eog": True}
     asked.write_text(asked.read_text() + json.dumps({"prompt": "ab" * 30, **bias}) + "\n")
     words = ["--prompts", str(asked), "--out", str(answered), "-n", "60", "--temperature", "0"]
+    words += ["--policy", "tests.support.speculating:always:most=4,steps=8"]  # if it pays or not
     assert main(["generate", "-q", "-t", "1", "--speculate", "ngram", *words]) == 0
     found = load_acceptance(answered)
     assert len(found) == 3

@@ -10,6 +10,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong
 from pyllamabatch.llama.model import Model
 from tests.support.engines import EXACT, greedy, held
+from tests.support.speculating import LOOP, always
 
 
 def engine_on(model: Model, **options: Any) -> Engine:
@@ -88,19 +89,22 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
         assert engine.stats().prefix_tokens > 0  # the cache works in the pool, too
 
 
-@pytest.mark.parametrize("options", [{}, {"speculate": "auto"}], ids=["plain", "drafts"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
 def test_an_answer_that_outgrows_its_stream_goes_on_with_the_same_tokens(
-    model: Model, options: dict[str, Any]
+    model: Model, drafts: bool
 ) -> None:
-    short, long = prompt(40), prompt(450, 7)
-    with engine_on(model, kv_unified=True, n_ctx=1024) as engine:
-        expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
+    options: dict[str, Any] = {"policy": always(8, 64)} if drafts else {"speculate": None}
+    prompts = [prompt(40), prompt(450, 7)]
+    params = [greedy(n, logit_bias=LOOP if drafts else {}) for n in (300, 200)]
+    with engine_on(model, kv_unified=True, n_ctx=1024, speculate=None) as engine:
+        expected = [r.tokens for r in engine.generate(prompts, params)]
     with engine_on(model, n_ctx=1024, **options) as engine:
-        results = engine.generate([short, long], [greedy(300), greedy(200)])
-        assert [r.tokens for r in results] == expected
+        assert [r.tokens for r in engine.generate(prompts, params)] == expected
         assert engine.limits.unified
-        assert engine.stats().preemptions > 0
-        assert engine.stats().restarts == 0
+        stats = engine.stats()
+        assert stats.preemptions > 0
+        assert stats.restarts == 0
+        assert (stats.accepted_tokens > 0) == drafts
 
 
 def test_a_large_budget_alone_is_no_reason_for_a_pool(model: Model) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError, PlanError
-from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
+from pyllamabatch.kv import Sharing
+from pyllamabatch.scheduler import KvOptions, Limits, Plan, Scheduler, StepView
 from pyllamabatch.scheduler.drafting import (
     ADVANCE,
     LATELY,
@@ -19,6 +20,7 @@ from pyllamabatch.scheduler.drafting import (
     Drafting,
     StepTimes,
 )
+from pyllamabatch.scheduler.kv_options import Pool
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
@@ -581,8 +583,10 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     assert begins == [True, False, True]
 
 
-def scheduler(speculate: Any, limits: Limits = LIMITS, most: int = 30) -> Scheduler:
-    made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate))
+def scheduler(
+    speculate: Any, limits: Limits = LIMITS, most: int = 30, kv: KvOptions | None = None
+) -> Scheduler:
+    made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate), kv=kv)
     for id in (1, 2):
         made.add(id, 6, most, arrival=float(id))
     step = made.plan(0.0)
@@ -646,6 +650,23 @@ def test_steps_with_drafts_have_cells(kind: dict[str, bool], repeat: int) -> Non
     step = scheduler(lambda builder: Speculation({1: 3}, 5), limits).plan(1.0)
     assert step is not None
     assert (step.drafts, step.repeat) == ({0: 3}, repeat)
+
+
+def test_steps_with_drafts_end_with_a_stream() -> None:
+    """Where its budget is larger: each step may fill as many cells as it has rows."""
+    seen: list[Drafts] = []
+
+    def speculate(builder: PlanBuilder) -> Speculation:
+        assert builder.view.drafts is not None
+        seen.append(builder.view.drafts())
+        return Speculation({1: 3}, 64)
+
+    kv = KvOptions(pool=Pool(LIMITS, Sharing()))
+    limits = replace(LIMITS, n_cells_seq=50, unified=False)
+    step = scheduler(speculate, limits, 300, kv).plan(1.0)
+    assert step is not None
+    assert step.repeat == (50 - 6) // 4
+    assert seen[-1].n_left.tolist() == [50 - 6] * 2
 
 
 def test_answers_that_fit_end_in_one_call() -> None:
