@@ -246,8 +246,10 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
  * the memory is removed; where there is no room for it there is none.
  * It ends early after a step in which a slot finished, after a step during which plb_interrupt was
  * called, and at a step that plb_step would return a code other than 0 for: that code is returned, and
- * the steps before it, their results included, are valid. The records of all steps lie in results one
- * after the other; steps[i].first_result is the first one of step i.
+ * the steps before it, their results included, are valid. So it ends, with PLB_E_DECODE, where libllama
+ * does not take back rows of rejected drafts: they are in the memory behind those of the last step. The
+ * records of all steps lie in results one after the other; steps[i].first_result is the first one of
+ * step i.
  * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
 int32_t plb_computes_behind(const struct llama_context * ctx); /* where sequences have streams of cells;
                                         never with a llama.cpp that has not our patches */

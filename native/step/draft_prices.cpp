@@ -20,7 +20,7 @@ constexpr float   GRAPH_SHARE = 1.0f / 16; // of what a new one takes, in the st
 
 } // namespace
 
-draft_prices::draft_prices(int32_t n_rows_max) {
+draft_prices::draft_prices(int32_t n_rows_max, int32_t n_draft_max) : n_draft_max_(n_draft_max) {
     const size_t n = (size_t) n_rows_max + 1;
     seconds_.resize(n);
     worst_.resize(n);
@@ -89,7 +89,9 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
             n_rows = width * (k + 1);
         }
     }
-    const bool fills = longest > 0 && graph_rows_ < n_priced_ && graph_rows_ % width == 0 && graph_rows_ / width > longest + 1;
+    const int32_t filled = graph_rows_ / width - 1; // drafted rows of each, some of which only fill up
+    const bool fills = longest > 0 && graph_rows_ < n_priced_ && graph_rows_ % width == 0 &&
+                       filled > longest && filled <= n_draft_max_;
     if (fills && better(tokens, graph_rows_, a_token, best)) {
         most   = longest;
         n_rows = graph_rows_;
@@ -196,7 +198,7 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
     const int32_t n_priced = *prices->n_priced;
     char error[plb::TEXT_BYTES];
     return plb::guarded(error, [&] {
-        plb::draft_prices own(n_priced - 1);
+        plb::draft_prices own(n_priced - 1, prices->n_draft_max);
         plb_drafts views = {};
         own.views(views);
         *views.n_priced = n_priced;

@@ -22,7 +22,8 @@ struct draft_offer {
 
 class draft_prices {
 public:
-    explicit draft_prices(int32_t n_rows_max);
+    // n_draft_max: drafted rows of a slot, those that only fill up included.
+    draft_prices(int32_t n_rows_max, int32_t n_draft_max);
 
     void views(plb_drafts & out);
     // Without prices every offer is chosen.
@@ -61,6 +62,7 @@ private:
     std::vector<float>   seconds_, worst_; // [n_rows_max + 1]
     std::vector<int32_t> n_timed_;         // [n_rows_max + 1]
     std::vector<int64_t> ns_timed_;        // [n_rows_max + 1]
+    int32_t n_draft_max_;
     int32_t n_priced_ = 0;
     float   credit_   = 0;
     float   gain_     = 0;

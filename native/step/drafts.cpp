@@ -34,7 +34,7 @@ bool keeps_a_state(const llama_model * model) {
 } // namespace
 
 drafts::drafts(const llama_context * ctx, const plb_engine_params & params, int32_t n_seq_max)
-    : n_max_(params.n_draft_max), drafter_(params.drafter), prices_((int32_t) llama_n_batch(ctx)) {
+    : n_max_(params.n_draft_max), drafter_(params.drafter), prices_((int32_t) llama_n_batch(ctx), n_max_) {
     bind(ctx);
     // A step in several ubatches may move states, and not their snapshots.
     const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx);
@@ -99,6 +99,7 @@ plb_drafts drafts::views() {
 
 int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad) {
     wanted_ = false;
+    took_back_ = true;
     catch_up_ns_ = 0;
     draft_code_  = 0;
     prices_.begin();
@@ -152,6 +153,11 @@ drafts::rows drafts::draft(const plb_engine & engine, llama_seq_id seq) {
     return {seq, 0, 0, catches_up ? 0 : most, n, 0};
 }
 
+// Rows that fit a step with drafts.
+int32_t drafts::n_rows_max(const plb_engine & engine) const {
+    return std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
+}
+
 // Rows of a step in which each slot has one.
 int32_t drafts::width(const plb_engine & engine, int32_t n_pad) const {
     if (!even_ || !engine.gaps) {
@@ -180,10 +186,11 @@ int32_t drafts::choose(const plb_engine & engine, int32_t n_pad) {
 // Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least, where there are to
 // be n_wanted in all.
 int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) {
-    const int32_t room = std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
-    int32_t longest = 0;
+    const int32_t room = n_rows_max(engine);
+    int32_t longest = 0, n_planned = 0;
     for (const rows & r : rows_) {
-        longest = std::max(longest, r.n_drafted);
+        longest   = std::max(longest, r.n_drafted);
+        n_planned = std::max(n_planned, n_most_[(size_t) r.seq]);
     }
     int32_t n = longest;
     if (!even_) {
@@ -199,7 +206,7 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) 
         }
     } else if (longest > 0) {
         const int32_t wide = width(engine, n_pad);
-        n = std::min(std::max(n, n_wanted / wide - 1), room / wide - 1);
+        n = std::min({std::max(n, n_wanted / wide - 1), n_planned, room / wide - 1});
         const int32_t n_pos = std::min(engine.views.n_pos_max, n_ctx_seq_);
         for (const rows & r : rows_) {
             n = std::min(n, n_pos - 1 - engine.slots[r.seq]->next_pos);
@@ -227,10 +234,9 @@ int32_t drafts::behind(const plb_engine & engine, int32_t n_wanted) {
         n_planned += 1 + n_most_[(size_t) r.seq];
     }
     const rows & last = rows_.back();
-    const int32_t room = std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
     const int32_t next = engine.slots[last.seq]->next_pos + 1 + last.n_drafted;
     const int32_t positions = std::min(engine.views.n_pos_max, n_ctx_seq_) - next;
-    return std::max(0, std::min({n_wanted, n_planned, room, n_rows + positions}) - n_rows);
+    return std::max(0, std::min({n_wanted, n_planned, n_rows_max(engine), n_rows + positions}) - n_rows);
 }
 
 int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad) {
@@ -311,7 +317,6 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
         live_.resize(n_live);
         n += n_jobs;
     }
-    bool ok = true;
     llama_memory_t memory = llama_get_memory(engine.ctx);
     for (const rows & r : rows_) {
         n_taken_[(size_t) r.seq] += r.n_taken;
@@ -328,10 +333,10 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
         }
         if (r.n_taken < r.n) {
             const llama_pos end = engine.pos[r.first] + r.n_taken;
-            ok = llama_memory_seq_rm(memory, r.seq, end, -1) && ok;
+            took_back_ = llama_memory_seq_rm(memory, r.seq, end, -1) && took_back_;
         }
     }
-    return ok ? n : -1;
+    return n;
 }
 
 void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,

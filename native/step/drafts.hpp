@@ -42,9 +42,10 @@ public:
     int32_t write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad);
     // Of the step that was written: rows of each sequence that are there in any case, or 1.
     int32_t n_each() const { return n_each_; }
-    // Samples its rows, the records from `first` on, and takes back the rest: how many records, or -1
-    // where libllama does not take rows back.
+    // Samples its rows, the records from `first` on, and takes back the rest; how many records.
     int32_t sample(plb_engine & engine, int32_t first);
+    // Whether libllama took back all rows that it was to, in this run.
+    bool took_back() const { return took_back_; }
     // A step was computed; ns: what it took, 0 where that is not known.
     void computed(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, bool drafted,
                   int64_t ns);
@@ -62,6 +63,7 @@ private:
     };
 
     rows draft(const plb_engine & engine, llama_seq_id seq);
+    int32_t n_rows_max(const plb_engine & engine) const;
     int32_t width(const plb_engine & engine, int32_t n_pad) const;
     int32_t cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted);
     int32_t behind(const plb_engine & engine, int32_t n_wanted);
@@ -79,6 +81,7 @@ private:
     int32_t n_ubatch_  = 0;
     int32_t n_ctx_seq_ = 0;
     bool    wanted_    = false;
+    bool    took_back_ = true;
     int32_t n_each_    = 1;
     std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
     std::vector<int32_t>     n_drafts_, n_drafted_, n_accepted_, n_lacks_; // [n_seq_max]

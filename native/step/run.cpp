@@ -167,6 +167,11 @@ int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
         }
         const bool interrupted = take_interrupt();
         run.n_finished = collect_finished(engine);
+        if (engine.drafts && !engine.drafts->took_back()) { // the step was; the next one can't be
+            set_text(engine.error, "%s", "libllama does not take back rows of rejected drafts");
+            run.stop = PLB_STOP_CODE;
+            return PLB_E_DECODE;
+        }
         if (run.n_finished > 0) {
             run.stop = PLB_STOP_FINISH;
             break;

@@ -261,11 +261,6 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
     }
     if (drafted) {
         info.n_results = engine.drafts->sample(engine, info.first_result);
-        if (info.n_results < 0) {
-            info.n_results = 0;
-            set_text(engine.error, "%s", "libllama does not take back rows of rejected drafts");
-            return PLB_E_DECODE;
-        }
     } else if (info.n_outputs > 0) {
         info.n_results = sample_rows(engine, n_behind, n_rows, info.first_result);
     }

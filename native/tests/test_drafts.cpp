@@ -43,7 +43,7 @@ std::vector<int32_t> chosen(draft_prices & prices, std::vector<draft_offer> offe
 using counts = std::vector<int32_t>;
 
 void rows_are_had_as_long_as_they_pay() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     CHECK(!prices.there());
     priced(prices, 1, 0.01f);
     CHECK(prices.there());
@@ -60,7 +60,7 @@ void rows_are_had_as_long_as_they_pay() {
 }
 
 void what_is_asked_bounds_them() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     const draft_offer good = {GOOD.data(), 4, 0};
     plb_drafts views = priced(prices, 1, 0.5f);
     *views.gain = 2;
@@ -80,7 +80,7 @@ void what_is_asked_bounds_them() {
 }
 
 void steps_are_timed_and_paid_for() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     plb_drafts views = priced(prices, 1, 0.5f, 0);
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
     constexpr int64_t SECOND = 1000000000;
@@ -115,7 +115,7 @@ void steps_are_timed_and_paid_for() {
 }
 
 void a_dear_graph_stays() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     plb_drafts views = priced(prices, 1, 0.05f, 100);
     *views.new_graph = 1;
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
@@ -145,10 +145,13 @@ void a_dear_graph_stays() {
     CHECK(prices.choose(offers, 2, false) == 3 && prices.choose(offers, 3, false) == 3);
     offers.push_back({GOOD.data(), 2, 0});
     CHECK(prices.choose(offers, 4, false) == 4 && offers[0].chosen == 0);
+    prices.computed({20, true, false, false, SECOND, 20, 4});
+    *views.new_graph = 1;
+    CHECK(prices.choose(offers, 2, true) <= 2 * 5); // no slot fills up to more than it may have
 }
 
 void a_new_graph_pays_in_the_steps_to_come() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     plb_drafts views = priced(prices, 1, 0.05f, 100);
     *views.new_graph = 5; // more than one step can give
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
@@ -213,7 +216,7 @@ void texts_that_have_ended_are_drafted_from() {
 }
 
 void a_simulation_decides_the_same() {
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     plb_drafts views = priced(prices, 1, 0.5f);
     views.n_draft_max = 4;
     const std::array<int32_t, 3> n = {4, 4, 4};
@@ -274,7 +277,7 @@ void a_step_with_drafts_allocates_nothing() {
     texts.add(text.data(), N);
     plb::ngram ngram(text.data(), 30, N);
     ngram.share(&texts);
-    draft_prices prices(N_ROWS);
+    draft_prices prices(N_ROWS, 4);
     priced(prices, 1, 0.01f);
     plb::draft_record record;
     std::array<llama_token, PLB_DRAFT_LIMIT> out = {};

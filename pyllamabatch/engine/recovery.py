@@ -71,6 +71,8 @@ class Recovery:
         self._reconcile()
         if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
             return
+        if any_done and isinstance(error, FatalDecodeError):
+            self._scheduler.drop_cached()  # what ended may hold rows that were to be taken back
         if isinstance(error, _OF_THE_BACKEND):
             self._n_failures += 1
             if self._n_failures <= RETRIES:

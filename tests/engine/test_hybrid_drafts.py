@@ -17,7 +17,7 @@ from tests.support.decoding import loaded, recurrent_with_mtp
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
 from tests.support.models_gguf import gguf_path
-from tests.support.speculating import LOOP, PROMPTS, always, check_mixes, engine_of
+from tests.support.speculating import LOOP, PROMPTS, always, check_mixes, engine_of, priced
 
 
 class Own:
@@ -67,6 +67,35 @@ def check_any_mix(case: Case, max_examples: int) -> None:
         engine.close()
     assert same.n_same >= 0.98 * same.n_all
     assert same.n_accepted > 0.01 * same.n_all or case.drafter not in ("ngram", "mtp")
+
+
+def test_rows_that_fill_up_can_be_taken_back(case: Case) -> None:
+    """A graph is dear, and that of four sequences has more rows than one alone could take back."""
+    params = [greedy(30, logit_bias=LOOP)] * 3 + [greedy(120, logit_bias=LOOP)]
+    with engine_of(case.model, n_seq_max=1, speculate=None) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS[:4], params)]
+    how: dict[str, Any] = {"n_seq_max": 4, "policy": priced(0.005)}
+    with engine_of(case.model, speculate=case.drafter, **how) as engine:
+        checked = Checked(engine)
+        assert [r.tokens for r in engine.generate(PROMPTS[:4], params)] == expected
+        stats, trace = check_idle(engine), engine.trace()
+        assert checked.n_steps == stats.steps
+        assert not trace["code"].any()
+        assert stats.drafted_tokens > 0
+
+
+def test_rows_that_can_not_be_taken_back_cost_no_token() -> None:
+    """The context keeps fewer snapshots than there are drafts: the sequence is computed again, and
+    so is what is cached."""
+    model, params = loaded("lfm2"), [greedy(n, logit_bias=LOOP) for n in (33, 34, 60)]
+    with engine_of(model, n_seq_max=1, speculate=None) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS[:3], params)]
+    with engine_of(model, speculate="ngram", policy=always(4, 16)) as engine:
+        engine._context._native.n_rs_seq = 1
+        engine._core.commands.post(engine._context.renew)
+        for _ in range(2):
+            assert [r.tokens for r in engine.generate(PROMPTS[:3], params)] == expected
+        assert check_idle(engine).preemptions > 0
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])

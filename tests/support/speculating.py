@@ -3,6 +3,7 @@ answers are compared."""
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from pyllamabatch.engine.results import Result
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
+from pyllamabatch.scheduler.view import Prices
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import EXACT, check_idle
 from tests.support.oracle import random_prompts
@@ -30,6 +32,20 @@ def always(most: int, steps: int) -> ComposedPolicy:
         n = len(builder.view.decoding)
         k = min(most, seen.n_max, (min(seen.room, builder.cells + n) - n) // max(1, n))
         return Speculation(dict.fromkeys(seen.ids, k) if k > 0 else {}, steps)
+
+    return ComposedPolicy(repeat=2**31, speculate=speculate)
+
+
+def priced(new_graph: float) -> ComposedPolicy:
+    """As many drafts as pay: rows cost little, a graph of another size `new_graph` seconds."""
+
+    def speculate(builder: PlanBuilder) -> Speculation:
+        drafts = builder.view.drafts
+        assert drafts is not None
+        seen = drafts()
+        seconds = 0.008 + 0.00005 * np.arange(seen.room + 1, dtype=np.float64)
+        prices = Prices(seconds, seconds, 10.0, 0.0, new_graph)
+        return Speculation(dict.fromkeys(seen.ids, seen.n_max), 16, prices)
 
     return ComposedPolicy(repeat=2**31, speculate=speculate)
 
