@@ -12,9 +12,10 @@ class Grammar:
     """A grammar as GBNF text with start rule `root`, and how it begins.
 
     - lazy: the text is free until a trigger, and the grammar's from there on: one of
-      `trigger_tokens`, or a match of one of `trigger_patterns` (regular expressions of C++, which
-      are searched for in all text so far; the grammar starts with the first group that matched, or
-      else with the match).
+      `trigger_tokens`, or a match of one of `trigger_patterns` (regular expressions of C++; the
+      grammar starts with the first group that matched, or else with the match). A pattern with
+      repetitions, anchors, word boundaries or back references is searched for in the last 512 bytes
+      of the answer and what the new token adds; `^` is the start of the answer.
     - prefill: tokens at the end of the prompt that the grammar describes, too. Not for a lazy one.
     - thinking_start, thinking_ends: token sequences around thoughts, in which a lazy grammar is not
       triggered. It may begin with one of the ends."""
