@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,22 +16,16 @@ from tests.support.child import run_itself
 
 N_BARRIERS = 30
 BLOCKED_SECONDS = 0.01
-# Of a wait: more than a thread may spin, and others of this process need; far less than
-# BLOCKED_SECONDS.
-AWAKE_SECONDS = 0.002
+AWAKE_SECONDS = BLOCKED_SECONDS / 2
+"""Of a wait, of the whole process: far more than a thread spins before it sleeps."""
 
 
-@pytest.fixture
-def backend() -> Iterator[Any]:
-    runtime.ensure()
-    made = lib.ggml_backend_cpu_init()
-    lib.ggml_backend_cpu_set_n_threads(made, 2)
-    yield made
-    lib.ggml_backend_free(made)
+def test_threads_sleep_and_stay_with_their_context() -> None:
+    """In a process of its own, where no thread of another test works or ends meanwhile."""
+    run_itself(__file__)
 
 
-@pytest.mark.parametrize("blocked", [0, 1])
-def test_a_thread_that_waits_for_another_one_sleeps(backend: Any, blocked: int) -> None:
+def check_waits(backend: Any, blocked: int) -> None:
     """Thread `blocked` of two keeps the other one waiting; then both wait for a graph."""
 
     def block(result: Any, source: Any, thread: int, n_threads: int, data: Any) -> None:
@@ -58,12 +51,6 @@ def test_a_thread_that_waits_for_another_one_sleeps(backend: Any, blocked: int) 
         lib.ggml_free(memory)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads in /proc")
-def test_threads_stay_with_their_context() -> None:
-    """In a process of its own, where no other test's thread ends meanwhile."""
-    run_itself(__file__)
-
-
 def check_threads() -> None:
     def threads() -> set[str]:
         return set(os.listdir("/proc/self/task"))
@@ -87,7 +74,14 @@ def check_threads() -> None:
 
 
 if __name__ == "__main__":
-    check_threads()
+    runtime.ensure()
+    made = lib.ggml_backend_cpu_init()
+    lib.ggml_backend_cpu_set_n_threads(made, 2)
+    check_waits(made, blocked=0)
+    check_waits(made, blocked=1)
+    lib.ggml_backend_free(made)
+    if sys.platform == "linux":  # it has /proc
+        check_threads()
 
 
 @pytest.mark.parametrize(
