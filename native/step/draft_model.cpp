@@ -230,6 +230,9 @@ int32_t look(plb_draft_model & self, const llama_seq_id * slots, int32_t n_slots
         }
     }
     std::sort(self.drafting.begin(), self.drafting.end());
+    if (std::adjacent_find(self.drafting.begin(), self.drafting.end()) != self.drafting.end()) {
+        return PLB_E_SEQ_TWICE;
+    }
     for (const llama_seq_id seq : self.drafting) {
         follow(self, seq);
     }

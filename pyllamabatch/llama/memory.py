@@ -203,8 +203,7 @@ class Memory:
     def renewed(self, capabilities: Capabilities) -> None:
         """The context was made again, and its memory is empty."""
         self._can = capabilities
-        self._stale.clear()
-        self._copying.clear()
+        self.applied()
 
     def restored(self, seq_id: int) -> None:
         """A saved state took the place of a sequence."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation, decode_error
+from pyllamabatch.errors import ArgumentError, ClosedError, UnsupportedOperation, decode_error
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import owned
 from pyllamabatch.llama.memory import copies_whole_only
@@ -74,43 +74,52 @@ class DraftModel:
 
     def begin(self, slot: int, tokens: TokenArray) -> None:
         """The sequence in `slot` has its sampler, and knows these tokens: its prompt, and what was
-        sampled."""
-        ids = np.ascontiguousarray(tokens, np.int32)
-        code = lib.plb_draft_model_begin(
-            self._native, slot, ffi.from_buffer("llama_token[]", ids), len(ids)
-        )
+        sampled. ArgumentError for a sequence without a slot, and for no tokens."""
+        native, seq = self._open(), self._stepper._seq(slot, "slot")
+        ids = self._context.model.vocab.check_tokens(tokens)
+        if not len(ids):
+            raise ArgumentError("tokens", tokens, "must be at least one")
+        pointer = ffi.from_buffer("llama_token[]", ids)
+        code = lib.plb_draft_model_begin(native, seq, pointer, len(ids))
+        if code == lib.PLB_E_MEMORY:
+            raise MemoryError("no memory for the tokens of a sequence")
         if code:
             raise ArgumentError("slot", slot, text(lib.plb_code_text(code)))
 
     def end(self, slot: int) -> None:
         """It needs no drafts any more. What this model has of it may serve the next sequence."""
-        lib.plb_draft_model_end(self._native, slot)
+        lib.plb_draft_model_end(self._open(), self._stepper._seq(slot, "slot"))
 
     def draft(self, slots: Slots) -> None:
         """Drafts for the target's next run of these slots, as many tokens of each as
         `Drafts.n_most` says. A sequence of which it lacks much catches up first, which may take
         several calls. Raises what a decode raises: KvCacheFull when sequences were given up for
         want of cells; for any other reason none of these has drafts until it begins again."""
-        seqs = np.ascontiguousarray(slots, np.int32)
+        native, seqs = self._open(), np.ascontiguousarray(slots, np.int32)
         with self._exclusive:
-            code = lib.plb_draft_model_draft(
-                self._native, ffi.from_buffer("int32_t[]", seqs), len(seqs)
-            )
-        if code <= lib.PLB_E_ARGUMENT:
+            code = lib.plb_draft_model_draft(native, ffi.from_buffer("int32_t[]", seqs), len(seqs))
+        if code in (lib.PLB_E_ARGUMENT, lib.PLB_E_SEQ, lib.PLB_E_SEQ_TWICE):
             raise ArgumentError("slots", slots, text(lib.plb_code_text(code)))
+        if code == lib.PLB_E_MEMORY:
+            raise MemoryError("no memory for drafts")
         if code:
-            raise decode_error(code)
+            raise decode_error(code, self._stepper.last_error)
 
     def attach(self) -> None:
         """From now on the target's runs ask it before each step, without a word of Python. What
         `draft` would raise is `plb_run_info.draft_code` then."""
-        lib.plb_draft_model_attach(self._native, 1)
+        lib.plb_draft_model_attach(self._open(), 1)
 
     def close(self) -> None:
         """Free its memory. Twice is fine."""
         self._native = None
         self._stepper.close()
         self._context.close()
+
+    def _open(self) -> Any:
+        if self._native is None:
+            raise ClosedError("the draft model is closed")
+        return self._native
 
 
 def check_same_vocabulary(draft: Vocab, target: Vocab) -> None:

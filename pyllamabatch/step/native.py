@@ -161,25 +161,17 @@ def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> DraftColumns:
     """Its drafts."""
     native = ffi.new("plb_drafts *")
     lib.plb_engine_drafts(engine, native)
-    wide = n_seq_max, native.n_draft_max
-    return DraftColumns(
-        view(native.n_most, np.int32, (n_seq_max,), engine),
-        view(native.n_given, np.int32, (n_seq_max,), engine),
-        view(native.token, np.int32, wide, engine),
-        view(native.n_taken, np.int32, (n_seq_max,), engine),
-        view(native.found, np.float32, wide, engine),
-        view(native.right, np.float32, wide, engine),
-        view(native.n_drafts, np.int32, (n_seq_max,), engine),
-        view(native.n_right, np.int32, (native.n_draft_max,), engine),
-        view(native.n_drafted, np.int32, (n_seq_max,), engine),
-        view(native.n_accepted, np.int32, (n_seq_max,), engine),
-        view(native.n_lacks, np.int32, (n_seq_max,), engine),
-        view(native.n_priced, np.int32, (1,), engine),
-        view(native.seconds, np.float32, (n_rows + 1,), engine),
-        view(native.worst, np.float32, (n_rows + 1,), engine),
-        view(native.credit, np.float32, (1,), engine),
-        view(native.gain, np.float32, (1,), engine),
-        view(native.new_graph, np.float32, (1,), engine),
-        view(native.n_timed, np.int32, (n_rows + 1,), engine),
-        view(native.ns_timed, np.int64, (n_rows + 1,), engine),
-    )
+    wide, one, rows = (n_seq_max, native.n_draft_max), (1,), (n_rows + 1,)
+    shapes = {
+        "token": wide, "found": wide, "right": wide, "n_right": wide[1:],
+        "n_priced": one, "credit": one, "gain": one, "new_graph": one,
+        "seconds": rows, "worst": rows, "n_timed": rows, "ns_timed": rows,
+    }  # fmt: skip
+
+    def column(name: str) -> npt.NDArray[Any]:
+        pointer = getattr(native, name)
+        kind = ffi.typeof(pointer).item
+        dtype = f"{'f' if kind.cname == 'float' else 'i'}{ffi.sizeof(kind)}"
+        return view(pointer, np.dtype(dtype), shapes.get(name, (n_seq_max,)), engine)
+
+    return DraftColumns(*map(column, DraftColumns._fields))

@@ -293,20 +293,29 @@ class Stepper:
 
         next_row: token and position of the row that a run computes next for it, such as the last
         token of a prompt; None: that behind what it has sampled. report: `Run.results` has each of
-        its results, not only the one that ends it."""
+        its results, not only the one that ends it.
+
+        Raises `ArgumentError`, and what was there stays, for a next_row out of its range, and for a
+        slot of another model or with more log-probabilities than this stepper has room for."""
         engine, context = self._open()
         if slot._slot is None:
             raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
         seq = self._seq(seq_id)
+        if next_row is not None:
+            token = integer("next_row[0]", next_row[0], 0, self.n_vocab - 1)
+            pos = integer("next_row[1]", next_row[1], 0, self.n_pos_max - 1)
         with context.exclusive():
-            self._check_slot(lib.plb_slot_put(engine, seq, slot._slot), seq)
+            code = lib.plb_slot_put(engine, seq, slot._slot)
+        if code:
+            limit = f"must be of this model, with logprobs of at most {self.n_logprobs_max}"
+            raise ArgumentError("slot", slot, limit)
         self._let_go(seq)
         ffi.gc(slot._slot, None)  # the engine's from now on
         slot._inside, slot._slot = slot._slot, None
         self._slots[seq] = slot
         if next_row is not None:
             with context.exclusive():
-                self._check_slot(lib.plb_slot_next(engine, seq, *next_row, report), seq)
+                self._check_slot(lib.plb_slot_next(engine, seq, token, pos, report), seq)
 
     def _let_go(self, seq: int) -> DetachedSlot | None:
         """The slot of a sequence is not the stepper's any more."""

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Model, SamplingParams
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ClosedError, FatalDecodeError, KvCacheFull
 from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import begin
+from tests.support.faults import set_fault
 from tests.support.models_gguf import gguf_path
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eog=True)
 MOST = 4
 """Drafted tokens of a sequence in a step."""
 
@@ -51,8 +53,57 @@ def test_a_sequence_that_was_not_begun_gets_none(both: Both) -> None:
     assert target.drafts.n_given[0] == 0
     with pytest.raises(ArgumentError, match=r"slots"):
         draft.draft([99])
-    with pytest.raises(ArgumentError, match=r"slot=1"):
-        draft.begin(1, np.array([1], np.int32))
+    for slot, tokens, limit in (
+        (1, [1], "slot=1: the sequence has no slot"),
+        (4, [1], r"slot=4: must be in 0\.\.3"),
+        (0, [], "tokens=.*: must be at least one"),
+        (0, [1, 2**40], r"tokens\[1\]=1099511627776: must be in"),
+    ):
+        with pytest.raises(ArgumentError, match=limit):
+            draft.begin(slot, np.array(tokens, np.int64))
+    with pytest.raises(ArgumentError, match="slot=4"):
+        draft.end(4)
+
+
+def test_a_sequence_is_named_once(both: Both) -> None:
+    target, draft = both
+    assert target.drafts is not None
+    first = begin(target, GREEDY, [1, 5, 6], seq=1)
+    draft.begin(1, np.array([1, 5, 6, first], np.int32))
+    target.drafts.n_most[1] = MOST
+    with pytest.raises(ArgumentError, match=r"slots=.*named twice"):
+        draft.draft([1, 1])
+    assert not target.drafts.n_given.any()
+    draft.draft([1])
+    assert target.drafts.n_given[1] == MOST
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(lib.PLB_E_MEMORY, MemoryError), (lib.PLB_E_DECODE, FatalDecodeError), (1, KvCacheFull)],
+)
+def test_what_a_decode_raises(both: Both, code: int, error: type[Exception]) -> None:
+    target, draft = both
+    assert target.drafts is not None
+    first = begin(target, GREEDY, [1, 5, 6])
+    draft.begin(0, np.array([1, 5, 6, first], np.int32))
+    target.drafts.n_most[0] = MOST
+    set_fault(draft._stepper, 1, code)
+    with pytest.raises(error):
+        draft.draft([0])
+
+
+def test_a_closed_one_says_so(both: Both) -> None:
+    draft = both.draft
+    draft.close()
+    for call in (
+        lambda: draft.begin(0, np.array([1], np.int32)),
+        lambda: draft.end(0),
+        lambda: draft.draft([0]),
+        draft.attach,
+    ):
+        with pytest.raises(ClosedError, match="draft model"):
+            call()
 
 
 def test_another_vocabulary_is_refused(model: Model) -> None:
