@@ -40,19 +40,22 @@ enum plb_code {
     PLB_E_POS             = -1013, /* position outside 0..n_pos_max-1 */
     PLB_E_FLAGS           = -1014, /* unknown bit in a row's flags */
     PLB_E_N_OUTPUTS       = -1015, /* more output rows than n_outputs_max */
-    PLB_E_NO_SLOT         = -1016, /* a row asks to sample, its sequence has no slot */
+    PLB_E_NO_SLOT         = -1016, /* the sequence has no slot: to sample, to copy, to take, ... */
     PLB_E_SLOT_FINISHED   = -1017, /* a row asks to sample, its slot has finished or failed */
     PLB_E_UBATCH          = -1018, /* pooling or non-causal attention, and n_rows > n_ubatch */
-    PLB_E_DECODE          = -1019, /* llama_decode threw: as its codes < -1, rows may be in memory */
-    PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range */
+    PLB_E_DECODE          = -1019, /* llama_decode threw, or libllama does not remove rows: as its codes
+                                      < -1, rows may be in memory */
+    PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range; a slot of another model, or
+                                      with more log-probabilities than the engine has room for */
     PLB_E_GRAMMAR         = -1021, /* the grammar does not parse */
     PLB_E_N_STEPS         = -1022, /* n_steps < 1 or > n_steps_max */
     PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing has no next row; see plb_slot_next */
-    PLB_E_SEQ_TWICE       = -1024, /* a run names a sequence twice */
+    PLB_E_SEQ_TWICE       = -1024, /* a run, or a call for drafts, names a sequence twice */
     PLB_E_STREAM          = -1025, /* plb_step on an engine whose results are read from its ring */
     PLB_E_DRAFT           = -1026, /* n_most or n_given outside 0..n_draft_max, or a drafted token
                                       outside the vocabulary */
-    PLB_E_ROLLBACK        = -1027, /* n_draft_max > 0, and the context can't take so many rows back */
+    PLB_E_ROLLBACK        = -1027, /* n_draft_max > 0, and the context can't take so many rows back; a
+                                      draft model that can't take any back */
     /* codes of one result (plb_result.error): its request ends, the others go on */
     PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
     PLB_E_NO_CANDIDATE    = -1031, /* grammar and biases exclude every token, or ask for too much */
@@ -145,8 +148,8 @@ typedef struct plb_engine_params {
                                0: only when a row has an output */
     int32_t n_steps_max;    /* steps that the ring holds, 1..65536 */
     int32_t device_sampling; /* enum plb_device_sampling */
-    int32_t gap_max;         /* for contexts with a stream of cells for each sequence: so many unused
-                                sequences in a row get a row each where that keeps an ubatch whole
+    int32_t gap_max;         /* for contexts with a stream of cells for each sequence, or a recurrent
+                                state: so many unused sequences in a row get a row each where that keeps an ubatch whole
                                 (native/step/gaps.hpp); 0 none */
     int32_t n_draft_max;    /* drafted rows of a sequence in a step at most, see plb_drafts, 0 to
                                PLB_DRAFT_LIMIT; 0: none ever */
@@ -192,7 +195,7 @@ typedef struct plb_views {
     plb_step_info * info;       /* the last step, done or not */
     plb_step_info * steps;      /* [n_steps_max]: without `stream` the steps of the last call, the
                                    one that failed included */
-    plb_result  * finished;     /* [n_seq_max]: of a run's last step, the records with a finish and
+    plb_result  * finished;     /* [n_outputs_max]: of a run's last step, the records with a finish and
                                    those of slots with `report` (plb_slot_next) */
 } plb_views;
 
@@ -243,7 +246,8 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
  * code, the slots' rows are in the memory, and nothing was sampled.
  * n_pad > 0, for contexts with a stream of cells for each sequence: every sequence below it has a row
  * in each step, so that the graph stays the same when sequences come and go. What such a row leaves in
- * the memory is removed; where there is no room for it there is none.
+ * the memory is removed; where there is no room for it, or a state holds tokens already, which can't be
+ * removed alone, there is none.
  * It ends early after a step in which a slot finished, after a step during which plb_interrupt was
  * called, and at a step that plb_step would return a code other than 0 for: that code is returned, and
  * the steps before it, their results included, are valid. So it ends, with PLB_E_DECODE, where libllama

@@ -30,6 +30,7 @@ constexpr int32_t RADIX_MIN = 512;  // candidates for which a radix sort pays
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);
 bool has_penalties(const plb_sampling & params);
+int32_t n_looked_back(const plb_sampling & p, int32_t n_ctx); // tokens that the penalties see
 
 // The tokens that the penalties look back at, with their counts.
 class penalty_window {

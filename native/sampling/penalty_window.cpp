@@ -10,6 +10,10 @@ bool has_penalties(const plb_sampling & p) {
            (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0);
 }
 
+int32_t n_looked_back(const plb_sampling & p, int32_t n_ctx) {
+    return p.penalty_last_n < 0 ? n_ctx : std::min(p.penalty_last_n, n_ctx);
+}
+
 bool fused_supports(const plb_sampling & params) {
     return params.grammar == nullptr && !(params.typical_p < 1);
 }
@@ -54,9 +58,7 @@ fused_state::fused_state(const plb_sampling & params, uint32_t seed, int32_t n_c
                          int32_t n_vocab, size_t n_changes)
     : random(seed) {
     if (has_penalties(params)) {
-        const int32_t last_n = params.penalty_last_n < 0 ? n_ctx
-                                                         : std::min(params.penalty_last_n, n_ctx);
-        window = penalty_window(last_n, n_vocab);
+        window = penalty_window(n_looked_back(params, n_ctx), n_vocab);
     }
     patches.resize(n_changes + window.capacity());
 }

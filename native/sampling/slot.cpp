@@ -77,10 +77,9 @@ sampler_ptr make_chain(const plb_sampling & p, const vocabulary & words) {
     params.no_perf = true;
     sampler_ptr chain = checked(llama_sampler_chain_init(params));
     if (has_penalties(p)) {
-        const int32_t last_n = p.penalty_last_n < 0 ? words.n_ctx
-                                                    : std::min(p.penalty_last_n, words.n_ctx);
-        add(chain.get(), llama_sampler_init_penalties(words.n_vocab, last_n, p.repeat_penalty,
-                                                      p.frequency_penalty, p.presence_penalty));
+        add(chain.get(), llama_sampler_init_penalties(words.n_vocab, n_looked_back(p, words.n_ctx),
+                                                      p.repeat_penalty, p.frequency_penalty,
+                                                      p.presence_penalty));
     }
     if (p.temperature == 0) {
         add(chain.get(), llama_sampler_init_greedy());
@@ -128,7 +127,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     slot->params = sampling;
     slot->vocab  = words.vocab;
     if (words.vocab != nullptr) {
-        slot->generated.reserve((size_t) std::min(sampling.max_tokens, words.n_ctx));
+        slot->generated.reserve((size_t) std::min<int32_t>(sampling.max_tokens, words.n_ctx));
     }
     slot->biases.assign(sampling.logit_bias, sampling.logit_bias + sampling.n_logit_bias);
     slot->stop_tokens.assign(sampling.stop_tokens, sampling.stop_tokens + sampling.n_stop_tokens);
@@ -156,7 +155,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     slot->params.grammar_start = nullptr;
     if (has_penalties(sampling)) {
         // what is further back than the penalties look has no effect
-        const int32_t last_n = sampling.penalty_last_n < 0 ? words.n_ctx : sampling.penalty_last_n;
+        const int32_t last_n = n_looked_back(sampling, words.n_ctx);
         for (int32_t i = std::max(0, n_prompt - last_n); i < n_prompt; ++i) {
             if (slot->chain) {
                 llama_sampler_accept(slot->chain.get(), prompt[i]);

@@ -369,10 +369,6 @@ void drafts::watch(int32_t n_rows, bool drafted) {
     }
 }
 
-void drafts::enter(plb_slot & slot) const {
-    slot.history.share(corpus_.get());
-}
-
 void drafts::leave(const plb_slot & slot) {
     if (corpus_ && slot.history.has_room()) {
         slot.history.give(*corpus_);

@@ -21,8 +21,9 @@ public:
     void bind(const llama_context * ctx);
     plb_drafts views();
     bool ngram() const { return drafter_ == PLB_DRAFTER_NGRAM; }
-    // A slot has its place, or leaves it for good.
-    void enter(plb_slot & slot) const;
+    // What its slots draft from besides their own tokens; nullptr: nothing.
+    const corpus * texts() const { return corpus_.get(); }
+    // A slot leaves its place for good.
     void leave(const plb_slot & slot);
 
     // What is asked for drafts before each step; nullptr: nothing.

@@ -30,7 +30,7 @@ void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_
         engine.seq_id[i] = &engine.seq[i];
     }
     engine.steps.resize(n_steps);
-    engine.finished.resize(engine.slots.size());
+    engine.finished.resize((size_t) engine.n_outputs_max);
     engine.ring.allocate(n_steps, n_results);
     engine.named.resize(engine.slots.size());
     engine.results.resize(n_results);
@@ -40,10 +40,14 @@ void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_
     engine.jobs.resize((size_t) engine.n_outputs_max);
 }
 
+int32_t n_cells(const llama_context * ctx) {
+    return (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
+}
+
 void read_vocabulary(vocabulary & words, const llama_context * ctx) {
     words.vocab   = llama_model_get_vocab(llama_get_model(ctx));
     words.n_vocab = llama_vocab_n_tokens(words.vocab);
-    words.n_ctx   = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
+    words.n_ctx   = n_cells(ctx);
     for (llama_token token = 0; token < words.n_vocab; ++token) {
         if (llama_vocab_is_eog(words.vocab, token)) {
             words.eog.push_back(token);
@@ -185,8 +189,9 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
     return guarded(engine->error, [&] {
         auto device = engine->on_device ? std::make_unique<shortlist>(ctx, *engine->on_device)
                                         : nullptr;
-        // In a pool there are no gaps.
-        const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx);
+        // In a pool there are no gaps, but for a recurrent state.
+        const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx) ||
+                             llama_model_is_recurrent(llama_get_model(ctx));
         auto filled = engine->gaps && streams ? std::make_unique<gaps>(ctx, engine->gaps->most(),
                                                                  engine->n_outputs_max,
                                                                  engine->views.n_pos_max)
@@ -198,7 +203,7 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
             llama_set_embeddings_nextn(ctx, engine->drafts->reads_hidden(), /*masked*/ false);
             engine->drafts->bind(ctx);
         }
-        engine->words.n_ctx = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
+        engine->words.n_ctx = std::max<int32_t>(engine->words.n_ctx, n_cells(ctx));
     });
 }
 

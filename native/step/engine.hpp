@@ -74,7 +74,7 @@ struct scratch {
 struct vocabulary {
     const llama_vocab * vocab   = nullptr;
     int32_t             n_vocab = 0;
-    int32_t             n_ctx   = 0;
+    std::atomic<int32_t> n_ctx  = 0; // the most cells that the context had: slots, which any thread makes, look so far back
     std::vector<llama_token> eog;
     std::vector<llama_token> suppressed; // by the model itself: never chosen
 };
@@ -177,7 +177,7 @@ struct plb_engine {
     std::vector<float>          top_logprob;
     plb_step_info               info = {};
     std::vector<plb_step_info>  steps;    // [n_steps_max]
-    std::vector<plb_result>     finished; // [n_seq_max]
+    std::vector<plb_result>     finished; // [n_outputs_max]
     plb::ring                   ring;     // where in results and steps
     std::vector<uint8_t>        named;    // [n_seq_max]: a run's slots, while they are checked
     std::atomic<bool>           interrupted{false};

@@ -6,6 +6,7 @@ namespace plb {
 
 gaps::gaps(llama_context * ctx, int32_t most, int32_t n_outputs_max, int32_t n_pos_max)
     : memory_(llama_get_memory(ctx)), most_(most),
+      whole_(llama_model_is_recurrent(llama_get_model(ctx)) || llama_model_is_hybrid(llama_get_model(ctx))),
       n_rows_max_((int32_t) std::min(llama_n_batch(ctx), llama_n_ubatch(ctx))),
       n_outputs_max_(n_outputs_max),
       n_pos_max_(std::min<int32_t>(n_pos_max, (int32_t) llama_n_ctx_seq(ctx))) {
@@ -46,7 +47,7 @@ bool gaps::choose(const llama_batch & batch, int32_t n_pad) {
             const llama_pos held = llama_memory_seq_pos_max(memory_, next) + 1;
             filled_.push_back(next);
             held_.push_back(held);
-            fits = n_pad > 0 ? held + n_each_ <= n_pos_max_ : held == 0;
+            fits = held == 0 || (n_pad > 0 && !whole_ && held + n_each_ <= n_pos_max_);
         }
         fits = fits && batch.n_tokens + n_filled() <= n_rows_max_;
         if (!fits && n_pad > 0) {

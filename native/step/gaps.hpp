@@ -35,7 +35,9 @@ private:
     void add(llama_token token, llama_pos pos, llama_seq_id seq, int8_t output);
 
     llama_memory_t memory_;
-    int32_t most_, n_rows_max_, n_outputs_max_, n_pos_max_;
+    int32_t most_;
+    bool    whole_; // only all of a sequence can be removed
+    int32_t n_rows_max_, n_outputs_max_, n_pos_max_;
     int32_t n_ = 0, n_each_ = 1;
     std::vector<int32_t>        row_;    // [n_rows_max]
     std::vector<llama_seq_id>   filled_; // sequences that have rows of ours, ascending

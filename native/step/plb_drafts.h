@@ -64,7 +64,7 @@ typedef struct plb_drafts {
     float       * gain;     /* the caller's: how much more tokens a second it takes to have any */
     float       * new_graph; /* the caller's: seconds that a step takes longer where it has not as many rows
                                as the last one with drafts. Where that is much, a step has rows that only
-                               fill up rather than a new graph */
+                               fill up, within n_most, rather than a new graph */
     int32_t     * n_timed;  /* [n_rows_max + 1]: steps of the last run with so many rows, those that only
                                fill up included; without drafts only such with the graph of the one before,
                                and where a new graph takes long none with or just behind one */
@@ -90,7 +90,7 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
                        int32_t * n_rows);
 
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
- * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that
+ * many sequences or more, and room for a row of each in a step. Its sequence i follows sequence i of the engine that
  * it drafts for, and its slots are what drafts need: the caller sets none. Both engines must outlive
  * it, and belong to the same thread.
  * With `mtp` it is the target's own model, loaded with load_mtp: the first of its layers that predict
@@ -115,7 +115,8 @@ int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq);
  * fits its share of a batch has drafts when it has caught up, some calls later. Where there are no
  * cells, what other slots left is forgotten, and then the longest sequence has drafts no more.
  * Returns 0 or a code as plb_step: 1 when sequences were given up for want of cells; for any other one
- * these slots have no drafts, now and later. plb_draft_model_begin lets one have drafts again. */
+ * these slots have no drafts, now and later. plb_draft_model_begin lets one have drafts again. PLB_E_SEQ
+ * and PLB_E_SEQ_TWICE refuse the call, which has changed nothing but the drafts that were there. */
 int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots, int32_t n_slots);
 /* 1: from now on plb_run of the target asks it before each of its steps, and the caller need not.
  * 0: no more. */

@@ -30,8 +30,8 @@ typedef struct plb_page {
     float         * top_logprob;
 } plb_page;
 
-/* Steps published so far, once they are at least n_wanted, plb_ring_flush was called since the last
- * wait, or timeout_ns are over. */
+/* Steps published so far, once they are at least n_wanted, the reader was woken since the last wait
+ * (plb_ring_flush, plb_ring_wake, a run that finds no room), or timeout_ns are over. */
 int64_t plb_ring_wait(plb_engine * engine, int64_t n_wanted, int64_t timeout_ns);
 /* Move the next steps, below `until` and as many as fit, from the ring to the end of a page; how
  * many. */

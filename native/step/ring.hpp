@@ -39,8 +39,9 @@ public:
         if (n_done_ - taken >= n_steps_) {
             return false;
         }
-        const int64_t oldest = taken == n_done_ ? next_ : starts_[index(taken)];
-        return begin_of(n_records) + n_records - oldest <= n_records_;
+        const int64_t begin  = begin_of(n_records);
+        const int64_t oldest = taken == n_done_ ? begin : starts_[index(taken)];
+        return begin + n_records - oldest <= n_records_;
     }
 
     // Where the next step's records go, when there is room.

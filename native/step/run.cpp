@@ -51,17 +51,14 @@ int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
     return PLB_OK;
 }
 
-// What is the same in every step.
-void write_rows(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before) {
-    std::copy_n(slots, n_slots, engine.seq.begin() + n_before);
-    std::fill_n(engine.flags.begin() + n_before, n_slots, (uint8_t) PLB_ROW_SAMPLE);
-}
-
-// What is not: returns the largest position.
-llama_pos write_next(plb_engine & engine, int32_t n_slots, int32_t n_before) {
+// A row of each slot: returns the largest position.
+llama_pos write_next(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before) {
     llama_pos last = 0;
     for (int32_t i = n_before; i < n_before + n_slots; ++i) {
-        const plb_slot & slot = *engine.slots[engine.seq[i]];
+        const llama_seq_id seq = slots[i - n_before];
+        const plb_slot & slot = *engine.slots[seq];
+        engine.seq[i]   = seq;
+        engine.flags[i] = PLB_ROW_SAMPLE;
         engine.token[i] = slot.next_token;
         engine.pos[i]   = slot.next_pos;
         last = std::max(last, slot.next_pos);
@@ -104,11 +101,8 @@ bool write_step(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots
         rows = {n, n, true};
         return true;
     }
-    if (engine.drafts) {
-        write_rows(engine, slots, n_slots, n_before);
-    }
     rows = {n_before + n_slots, count_sampled(engine, n_slots, n_before), false};
-    return write_next(engine, n_slots, n_before) < engine.views.n_pos_max;
+    return write_next(engine, slots, n_slots, n_before) < engine.views.n_pos_max;
 }
 
 // Whether the rows before those of the slots, which check_run has named, may be a batch of their own.
@@ -216,7 +210,6 @@ int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slot
     } else {
         engine->info.n_reused = llama_perf_context(engine->ctx).n_reused;
         out->n_reused = -engine->info.n_reused;
-        write_rows(*engine, slots, n_slots, n_before);
         engine->ring.plan(false);
         out->ns   = -plb_now_ns();
         out->code = run_steps(*engine, slots, n_slots, n_before, n_pad, n_steps, *out);

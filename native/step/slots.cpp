@@ -31,7 +31,7 @@ std::unique_ptr<plb_slot> new_slot(const plb_engine & engine, const plb_sampling
                                    const llama_token * prompt, int32_t n_prompt) {
     auto slot = make_slot(engine.words, sampling, engine.views.n_logprobs_max, prompt, n_prompt);
     if (engine.drafts && engine.drafts->ngram() && sampling.max_tokens < INT32_MAX) {
-        slot->history = ngram(prompt, n_prompt, std::min({sampling.max_tokens, engine.words.n_ctx, NGRAM_ROOM}));
+        slot->history = ngram(prompt, n_prompt, std::min({sampling.max_tokens, engine.words.n_ctx.load(), NGRAM_ROOM}));
     }
     return slot;
 }
@@ -43,8 +43,8 @@ void place(plb_engine & engine, int32_t seq, std::unique_ptr<plb_slot> slot) {
         engine.drafts->leave(*place);
     }
     place = std::move(slot);
-    if (engine.drafts && place) {
-        engine.drafts->enter(*place);
+    if (place) { // one that comes from another engine has that one's corpus
+        place->history.share(engine.drafts ? engine.drafts->texts() : nullptr);
     }
 }
 

@@ -1,5 +1,6 @@
 // The ring: what a reader thread gets while a run goes on is what the run computes, in order, once.
 #include "check.hpp"
+#include "step/engine.hpp"
 
 #include <atomic>
 #include <chrono>
@@ -42,6 +43,34 @@ struct page {
         std::fill(n_tokens.begin(), n_tokens.end(), 0);
     }
 };
+
+void what_was_read_is_room() {
+    plb::ring ring;
+    ring.allocate(4, 8);
+    CHECK_EQ(ring.reserve(5), 0);
+    ring.record(5);
+    ring.publish();
+    CHECK(!ring.has_room(6));
+    ring.take(1);
+    CHECK(ring.has_room(6)); // not in front of the end
+    CHECK_EQ(ring.reserve(6), 0);
+}
+
+// More than there are sequences: rows of a prompt that are sampled, each of which is reported.
+void all_results_of_a_step_are_finished_ones(const char * path) {
+    fixture f(path, 256, 1, params_of(1, 4));
+    const plb_sampling greedy = sampling_of(100);
+    CHECK_EQ(plb_slot_set(f.engine, 0, &greedy, nullptr, 0), PLB_OK);
+    CHECK_EQ(plb_slot_next(f.engine, 0, 20, 40, 1), PLB_OK);
+    const int32_t n = f.views.n_seq_max + 8;
+    for (int32_t i = 0; i < n; ++i) {
+        f.row(i, 1, i, 0, PLB_ROW_SAMPLE);
+    }
+    plb_run_info info = {};
+    CHECK_EQ(plb_run(f.engine, n, nullptr, 0, 0, 1, &info), PLB_OK);
+    CHECK_EQ(info.n_finished, n);
+    CHECK((size_t) info.n_finished <= f.engine->finished.size());
+}
 
 // The prompts of n sequences, in one step of a run without slots.
 plb_run_info start(fixture & f, int32_t n, int32_t max_tokens) {
@@ -308,6 +337,8 @@ int main(int argc, char ** argv) {
         failed(f);
         history(f);
     }
+    what_was_read_is_room();
+    all_results_of_a_step_are_finished_ones(path);
     two_threads(path, 4, 64, 0);
     two_threads(path, 16, 5, 0);
     two_threads(path, 3, 2, 300); // the reader is slower

@@ -168,7 +168,7 @@ def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> DraftColumns:
         "seconds": rows, "worst": rows, "n_timed": rows, "ns_timed": rows,
     }  # fmt: skip
 
-    def column(name: str) -> npt.NDArray[Any]:
+    def column(name: str) -> Any:
         pointer = getattr(native, name)
         kind = ffi.typeof(pointer).item
         dtype = f"{'f' if kind.cname == 'float' else 'i'}{ffi.sizeof(kind)}"

@@ -1,7 +1,7 @@
 """A second model that drafts for a stepper, and what it has to refuse. What its memory holds is
 native/tests/test_draft_model.cpp's; answers are tests/engine/test_draft_model.py's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -96,12 +96,13 @@ def test_what_a_decode_raises(both: Both, code: int, error: type[Exception]) -> 
 def test_a_closed_one_says_so(both: Both) -> None:
     draft = both.draft
     draft.close()
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: draft.begin(0, np.array([1], np.int32)),
         lambda: draft.end(0),
         lambda: draft.draft([0]),
         draft.attach,
-    ):
+    ]
+    for call in calls:
         with pytest.raises(ClosedError, match="draft model"):
             call()
 

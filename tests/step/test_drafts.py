@@ -1,5 +1,6 @@
 """Drafts: a run with drafted rows samples what a run without them does, in fewer steps."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,6 +297,31 @@ def test_a_state_that_can_not_go_back_is_refused() -> None:
             pytest.raises(UnsupportedOperation, match="one pool of cells, and n_rs_seq"),
         ):
             Stepper(context, n_draft_max=3)
+
+
+def test_a_slot_drafts_from_no_other_steppers_texts(model: Model) -> None:
+    """It has drafted from those of the one before, which is gone."""
+    params = greedy(40)
+    how: dict[str, Any] = {"drafter": "ngram", "n_corpus": 1 << 22}
+    with context_of(model) as context:
+        with Stepper(context) as plain:
+            first = begin(plain, params, PROMPTS[0])
+            expected = [first, *tokens_of(plain.run([0], 16), 0)]
+        context.memory.clear()
+        with Stepper(context, n_draft_max=N_DRAFT, **how) as drafting:
+            for _ in range(2):  # the first one's tokens are a text
+                context.memory.clear()
+                assert begin(drafting, params, PROMPTS[0]) == first
+                drafting.run([0], 8)
+            drafting.set_slot(0, params, PROMPTS[0])
+            slot = drafting.take_slot(0)
+        del drafting
+        gc.collect()
+        context.memory.clear()
+        with Stepper(context) as plain:
+            plain.put_slot(0, slot)
+            got = plain.step(write(plain, PROMPTS[0])).token.tolist()
+            assert [*got, *tokens_of(plain.run([0], 16), 0)] == expected
 
 
 GRAMMAR = 'root ::= ("the" | "and" | "hello" | [a-z] | " ")*'

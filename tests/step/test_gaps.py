@@ -1,6 +1,7 @@
 """Unused sequences between those that decode: a row each keeps a step in one ubatch, unseen."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.step import spans
+from pyllamabatch.step.ring_reader import Page, StreamStepper
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import begin
+from tests.support.decoding import begin, write
 from tests.support.engines import greedy
 from tests.support.models_gguf import gguf_path
 from tests.support.oracle import EXACT, Agreement, Reference, random_prompts, solos, tolerance
@@ -129,11 +131,34 @@ def test_the_default(model: Model) -> None:
                 start(stepper, [0, 2], 10)
                 result = stepper.run(np.array([0, 2], np.int32), 3)
                 assert {*result.steps["n_filled"].tolist()} == {wanted}
+                context.renew()
+                start(stepper, [0, 2], 10)
+                result = stepper.run(np.array([0, 2], np.int32), 3)
+                assert {*result.steps["n_filled"].tolist()} == {wanted}
     with (
         Context(model, n_ctx=64, n_threads=1) as context,
         pytest.raises(ArgumentError, match="gap_max"),
     ):
         Stepper(context, gap_max=-1)
+
+
+def test_a_state_that_holds_tokens_is_not_filled(context: Context) -> None:
+    """A row more could not be removed again."""
+    state = context.capabilities.recurrent or context.capabilities.hybrid
+    context.memory.clear()
+    with closing(StreamStepper(context, gap_max=16)) as stepper:
+        for seq in (0, 1, 2):
+            slot = stepper.make_slot(greedy(20), PROMPTS[seq])
+            n = write(stepper, PROMPTS[seq], seq=seq)
+            stepper.put_slot(seq, slot)
+            assert stepper.compute(np.zeros(0, np.int32), 1, n).code == 0
+        stepper.flush()
+        stepper.read(3, Page(N_SEQ, 8))
+        assert stepper.compute(np.array([0, 2], np.int32), 2, 0, 4).n_steps == 2
+        stepper.flush()
+        stepper.read(5, page := Page(N_SEQ, 8))
+        assert page.steps.table[:2]["n_filled"].tolist() == [0 if state else 2] * 2
+        assert [context.memory.pos_max(seq) for seq in range(4)] == [5, 3, 5, -1]
 
 
 def test_spans_tell_what_is_filled_in(model: Model) -> None:

@@ -370,6 +370,60 @@ def test_a_slot_taken_out_goes_on_under_another_sequence(
     assert tokens == expected
 
 
+def test_a_slot_that_can_not_be_put_leaves_what_is_there(stepper: Stepper, model: Model) -> None:
+    stepper.set_slot(1, SamplingParams(seed=9))
+    slot = stepper.make_slot(SamplingParams())
+    for next_row, words in (
+        ((10**6, 3), r"next_row\[0\]=1000000: must be in 0\.\."),
+        ((2**40, 0), r"next_row\[0\]=1099511627776"),
+        ((1, -1), r"next_row\[1\]=-1"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            stepper.put_slot(1, slot, next_row)
+    with Context(model, n_ctx=64) as other, Stepper(other, n_logprobs_max=40) as wide:
+        more = wide.make_slot(SamplingParams(logprobs=40))
+    with pytest.raises(ArgumentError, match=r"slot=.*logprobs of at most 20"):
+        stepper.put_slot(1, more)
+    assert stepper.slot(1).seed == 9
+    stepper.put_slot(1, slot, (5, 3))
+    assert stepper.slot(1).next_token == 5
+
+
+@pytest.mark.parametrize("path", ["chain", "fused"])
+def test_a_slot_that_is_made_beside_a_smaller_context_looks_back_as_far(
+    model: Model, path: str
+) -> None:
+    """It is made before the context grows for it."""
+    params = SamplingParams(
+        temperature=0, penalty_last_n=-1, presence_penalty=50.0, max_tokens=8, ignore_eog=True
+    )
+    prompt = [1, *range(20, 220), *[300] * 300]
+    tokens = []
+    with (
+        Context(model, n_ctx=1024, n_batch=64) as context,
+        Stepper(context, sampler=path) as stepper,
+    ):
+        for n_ctx in (1024, 256):
+            resize(context, n_ctx)
+            slot = stepper.make_slot(params, prompt)
+            resize(context, 1024)
+            stepper.put_slot(0, slot)
+            for pos in range(0, len(prompt), 64):
+                part = prompt[pos : pos + 64]
+                n = write(stepper, part, pos=pos)
+                stepper.rows.flags[n - 1] *= pos + n == len(prompt)
+                result = stepper.step(n)
+            tokens.append([int(result.token[0]), *stepper.run([0], 6).token.tolist()])
+    assert tokens[0] == tokens[1]
+
+
+def resize(context: Context, n_ctx: int) -> None:
+    """As an engine's pool is while it is idle, and when it is needed again."""
+    context._native.n_ctx = n_ctx
+    context.renew()
+    assert context.n_ctx == n_ctx
+
+
 def test_make_slot_works_while_another_thread_is_inside(stepper: Stepper, context: Context) -> None:
     made: list[Any] = []
     params = SamplingParams(temperature=0, grammar="root ::= .*")
