@@ -7,17 +7,21 @@
 ggml and its CPU backend, libllama, the shim, the module and the native tests are compiled and
 linked as CMakeLists.txt has it; then each symbol that one of them needs is looked for. `ziglang`
 brings the compiler and each platform's headers. The first form finds what a platform lacks in our
-code; for a Mac it compiles Metal's C++ and the fuzzers as well (`tools/cross_build.cmake`); Metal's
-Objective-C and its kernels need a Mac. Compilations go through ccache where it is installed.
+code. It links without the C++ library, which zig would compile for each platform. For a Mac it
+compiles Metal's C++ and the fuzzers as well (`tools/cross_build.cmake`); Metal's Objective-C and
+its kernels need a Mac. For Arm Linux it compiles all but libllama, chats and the module, which have
+no code of their own there, and links nothing. Compilations go through ccache where it is installed.
 For Arm Linux an optimised build takes the compiler of Debian's g++-aarch64-linux-gnu.
 `--run` runs the native tests of an optimised build: for Arm with qemu-aarch64-static (Debian:
 qemu-user-static), for Windows with Wine (Debian: wine64).
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -32,13 +36,19 @@ LLAMA = ROOT / "vendor" / "llama.cpp"
 EMBEDDED = ROOT / "pyllamabatch" / "models" / "default.gguf"
 ZIG = [sys.executable, "-m", "ziglang"]
 UNOPTIMISED = "-O0 -g0 -fno-sanitize=all"  # zig adds a sanitizer where nothing is optimised
-# zig compiles its own libraries in two thirds of the time for what is linked to be small.
-UNOPTIMISED_LINKS = "-Os -Wl,--no-gc-sections"
+# zig compiles its own libraries in two thirds of the time for what is linked to be small; its C++
+# library takes longer than all others.
+UNOPTIMISED_LINKS = "-Os -Wl,--no-gc-sections -nostdlib++"
 # The oldest macOS, which the wheel's name tells, too.
 MACOS = re.findall(r'MACOSX_DEPLOYMENT_TARGET = "(.+)"', (ROOT / "pyproject.toml").read_text())[0]
 # What the compiler adds to a library and shows: new and delete, types of functions (no visibility
 # holds for them), and where a Mac's library begins.
 OF_ZIG = re.compile(r"_+(Z[nd][wla]\w*|ZT[IS]P?F\w*|dso_handle|mh_dylib_header)")
+# What the C++ library defines, which its headers have declared.
+OF_CXX = re.compile(
+    r"_+(Z(T[ISTV]|GV|Tv0_n\d+_|Thn\d+_)?(N[VK]*)?(S[absdiot]|10__cxxabiv1)\w*|Z[nd][wla]\w*"
+    r"|ZT[IS]P?K?\w|cxa_\w+|dynamic_cast|gxx_personality_\w+|Unwind_\w+)"
+)
 EMULATED_ROWS = "100"  # that native/tests/test_fused.cpp compares
 QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
 WINE = ("/usr/lib/wine/wine64",)
@@ -46,14 +56,18 @@ WINE = ("/usr/lib/wine/wine64",)
 
 @dataclass(frozen=True)
 class Target:
-    """`system`, `processor`: CMake's names. zig: what zig is told. gnu: what the names of another
-    compiler of optimised builds begin with, and what it is told. run: what runs the target's
-    programs. wheel: what the name of a wheel calls it."""
+    """`system`, `processor`: CMake's names. zig: what zig is told. links: what it is told in
+    order to link an unoptimised build. elsewhere: CMake's targets whose code an unoptimised build
+    leaves to other platforms; it links nothing then. gnu: what the names of another compiler of
+    optimised builds begin with, and what it is told. run: what runs the target's programs. wheel:
+    what the name of a wheel calls it."""
 
     name: str
     system: str
     processor: str
     zig: str
+    links: str = ""
+    elsewhere: tuple[str, ...] = ()
     gnu: tuple[str, str] | None = None
     run: tuple[str, ...] = ()
     wheel: str = ""
@@ -67,17 +81,19 @@ TARGETS = {
             "Darwin",
             "arm64",
             f"-target aarch64-macos.{MACOS} -mcpu=apple_m1",
+            links="-Wl,-undefined,dynamic_lookup",
             wheel=f"macosx-{MACOS}-arm64",
         ),
         Target(
             "aarch64-linux-gnu",
             "Linux",
             "aarch64",
-            # zig builds its C++ library anew for programs that are not position independent.
+            # zig builds its libraries anew for programs that are not position independent.
             "-target aarch64-linux-gnu -mcpu=generic+v8_2a+dotprod+i8mm+fp16fml -fPIC",
-            ("aarch64-linux-gnu-", "-march=armv8.2-a+dotprod+i8mm+fp16fml"),
-            QEMU,
-            "linux-aarch64",
+            elsewhere=("llama", "plb_common"),
+            gnu=("aarch64-linux-gnu-", "-march=armv8.2-a+dotprod+i8mm+fp16fml"),
+            run=QEMU,
+            wheel="linux-aarch64",
         ),
         Target(
             "x86_64-windows-gnu",
@@ -175,9 +191,9 @@ def python_interface() -> tuple[set[str], set[str]]:
     return functions, data
 
 
-def windows_links(folder: Path, flags: str) -> dict[str, object]:
-    """What libraries and modules are linked with: `flags`, `WINDOWS_EXPORTS`, and Python's stable
-    interface, in python3.dll."""
+def windows_links(folder: Path) -> dict[str, object]:
+    """What libraries and modules are linked with: `WINDOWS_EXPORTS`, and Python's stable interface,
+    in python3.dll."""
     functions, data = python_interface()
     names = [*functions, *(f"{name} DATA" for name in data)]
     definition, library = folder / "python3.def", folder / "python3.lib"
@@ -194,7 +210,7 @@ def windows_links(folder: Path, flags: str) -> dict[str, object]:
     kinds = ("CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS")
     return {
         "Python_SABI_LIBRARY": library,
-        **dict.fromkeys(kinds, f"{flags} {exports} -L{folder}"),
+        **dict.fromkeys(kinds, f"{exports} -L{folder}"),
     }
 
 
@@ -214,17 +230,21 @@ def toolchain(target: Target, optimised: bool = True) -> Path:
     folder = place(target, optimised)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "toolchain.cmake"
-    links = "" if optimised else UNOPTIMISED_LINKS
+    links = "" if optimised else unoptimised_links(target, folder)
     settings = {
         **({} if optimised else unoptimised()),
         "CMAKE_SYSTEM_NAME": target.system,
         "CMAKE_SYSTEM_PROCESSOR": target.processor,
-        **(gnu_commands(*target.gnu) if target.gnu and optimised else zig_commands(target, folder)),
+        **(
+            gnu_commands(*target.gnu)
+            if target.gnu and optimised
+            else zig_commands(target, folder, links)
+        ),
         "CMAKE_INSTALL_NAME_TOOL": llvm("install-name-tool") or shutil.which("true"),
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
-        **(windows_links(folder, links) if target.system == "Windows" else {}),
+        **(windows_links(folder) if target.system == "Windows" else {}),
         **(no_bundles(folder) if target.system == "Darwin" else {}),
         "PLB_BUILD_TESTS": "ON",
         # The machine that compiles is not the one that runs; Apple's frameworks are on a Mac only.
@@ -236,13 +256,50 @@ def toolchain(target: Target, optimised: bool = True) -> Path:
 
 
 def unoptimised() -> dict[str, object]:
-    kinds = (f"CMAKE_{kind}_LINKER_FLAGS" for kind in ("EXE", "SHARED", "MODULE"))
     languages = ("CMAKE_C_FLAGS", "CMAKE_CXX_FLAGS")
     return {
-        **dict.fromkeys(kinds, UNOPTIMISED_LINKS),
         **dict.fromkeys(languages, UNOPTIMISED),
         **dict.fromkeys((f"{name}_DEBUG" for name in languages), ""),
     }
+
+
+def unoptimised_links(target: Target, folder: Path) -> str:
+    words = [UNOPTIMISED_LINKS, target.links]
+    if target.system == "Windows":  # whose linker leaves nothing open
+        stand_in(folder, set())
+        words.append(f"{folder / 'cxx.o'}")
+    return " ".join(words)
+
+
+def stand_in(folder: Path, names: set[str]) -> None:
+    """In place of the C++ library: an object in which each of the names is a place."""
+    source = folder / "cxx.s"
+    lines = (f".weak {name}\n{name}:\n" for name in sorted(names))
+    source.write_text("\t.text\n" + "".join(lines) + "\tret\n")
+    words = [*ZIG, "cc", "-target", "x86_64-windows-gnu", "-c", str(source)]
+    subprocess.run([*words, "-o", str(folder / "cxx.o")], check=True)
+
+
+def of_cxx(names: set[str]) -> set[str]:
+    return {name for name in names if OF_CXX.fullmatch(name)}
+
+
+def needed(file: Path) -> set[str]:
+    """What an object for Windows needs of others. lief has no names that end a longer one."""
+    data = file.read_bytes()
+    big = data.startswith(b"\0\0\xff\xff")  # one with many sections
+    entry = struct.Struct("<8sIiHBB" if big else "<8sIhHBB")
+    start, count = struct.unpack_from("<II", data, 48 if big else 8)
+    names, index = set(), 0
+    while index < count:
+        name, value, section, _, storage, more = entry.unpack_from(data, start + index * entry.size)
+        index += 1 + more
+        if storage == 2 and not section and not value:  # external, and not here
+            if name.startswith(b"\0\0\0\0"):  # its place among the strings behind the entries
+                at = start + count * entry.size + int.from_bytes(name[4:], "little")
+                name = data[at : data.index(0, at)]
+            names.add(name.rstrip(b"\0").decode())
+    return names
 
 
 def gnu_commands(prefix: str, flags: str) -> dict[str, object]:
@@ -262,14 +319,18 @@ def llvm(tool: str) -> str | None:
     return next(filter(None, found), None)
 
 
-def zig_commands(target: Target, folder: Path) -> dict[str, object]:
+def zig_commands(target: Target, folder: Path, links: str) -> dict[str, object]:
+    """Commands that link with `links`, also where CMake asks which compiler it is."""
     from ziglang import __file__ as package
 
     zig = Path(package).with_name("zig")  # Python's start is a tenth of what a small file takes
     tools = dict.fromkeys(("cc", "c++"), target.zig) | dict.fromkeys(("ar", "ranlib", "rc"), "")
     for tool, flags in tools.items():
         command = folder / f"zig-{tool}"
-        script = f'#!/bin/sh\nexec {zig} {tool} {flags} "$@"\n'
+        run = f'exec {zig} {tool} {flags} "$@"'
+        script = f"#!/bin/sh\n{run}\n"
+        if links and flags:
+            script = f'#!/bin/sh\ncase " $* " in *" -c "*) {run} ;; esac\n{run} {links}\n'
         if not command.exists() or command.read_text() != script:  # its time tells a compiler cache
             command.write_text(script)
             command.chmod(0o755)
@@ -282,36 +343,59 @@ def zig_commands(target: Target, folder: Path) -> dict[str, object]:
 
 
 def built(target: Target, optimised: bool, jobs: int) -> bool:
-    """As CMakeLists.txt has it: libraries, module and native tests."""
+    """As CMakeLists.txt has it: libraries, module and native tests. Of a target that leaves code to
+    others the objects alone."""
     folder = place(target, optimised) / "build"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    configure += ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
     configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain(target, optimised)}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     if optimised:
         configure += ["-DCMAKE_BUILD_TYPE=Release"]
     else:
         beside = Path(__file__).with_suffix(".cmake")
-        configure += ["-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_PROJECT_pyllamabatch_INCLUDE={beside}"]
+        configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DPLB_UNITY=ON"]
+        configure += [f"-DCMAKE_PROJECT_pyllamabatch_INCLUDE={beside}"]
     if shutil.which("ccache"):
         configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("C", "CXX")]
     build = ["cmake", "--build", str(folder), "--parallel", str(jobs)]
-    for words in (configure, build):
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print((done.stdout + done.stderr)[-6000:])
+    if not succeeds(configure):
+        return False
+    if not optimised and (target.elsewhere or target.system == "Windows"):
+        entries = json.loads((folder / "compile_commands.json").read_text())
+        files = [Path(entry["output"]).relative_to(folder) for entry in entries]
+        # CMake has all libraries linked before it compiles the module.
+        elsewhere = {f"{name}.dir" for name in ("_native", *target.elsewhere)}
+        compiled = [str(file) for file in files if not elsewhere & set(file.parts)]
+        if not succeeds([*build, "--target", *compiled]):
             return False
-    return True
+        if target.elsewhere:
+            return True
+        names = set().union(*(needed(folder / file) for file in compiled))
+        stand_in(place(target, optimised), of_cxx(names))
+    return succeeds(build)
+
+
+def succeeds(words: list[str]) -> bool:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print((done.stdout + done.stderr)[-6000:])
+    return not done.returncode
 
 
 def resolved(target: Target, optimised: bool) -> bool:
-    """Each symbol that a library or the module needs is in another of them, in the system's or in
-    the stable interface of Python; and of ours the module shows Python's entry alone."""
+    """Each symbol that a library, a test or the module needs is in another of them, in a library of
+    the system or in the stable interface of Python; and of ours the module shows Python's entry
+    alone."""
+    if target.elsewhere and not optimised:
+        return True
     import lief
 
     lief.logging.disable()  # it warns of what zig's linker leaves empty
     folder = place(target, optimised) / "build"
     (module,) = folder.glob("_native*.[sp][oy]*")
     files = [file for end in ("so", "dylib", "dll") for file in folder.glob(f"bin/*.{end}")]
+    files += test_programs(folder)
     binaries = {file.name: lief.parse(str(file)) for file in (*files, module)}
     shown = {name: exports(binary) for name, binary in binaries.items()}
     known = set().union(*shown.values())
@@ -323,6 +407,7 @@ def resolved(target: Target, optimised: bool) -> bool:
     wrong += [f"{module.name} exports {symbol}" for symbol in sorted(beyond)]
     for name, binary in binaries.items():
         lacking = unbound(binary) - known - (python if name == module.name else set())
+        lacking -= set() if optimised else of_cxx(lacking)
         wrong += [f"{name} needs {symbol}" for symbol in sorted(lacking)]
     print("".join(f"{target.name}: {line}\n" for line in wrong[:40]), end="")
     return not wrong
@@ -359,7 +444,7 @@ def run_tests(target: Target) -> bool:
     model, *others = [str(folder / f"{name}.gguf") for name in ("tiny", "mtp", "hybrid")]
     write = ROOT / "native" / "tests" / "write_model.py"
     subprocess.run([sys.executable, str(write), model, *others], check=True)
-    tests = [f for f in sorted((folder / "native" / "tests").glob("test_*")) if is_program(f)]
+    tests = test_programs(folder)
     if not tests:
         print(f"{target.name}: no native tests in {folder}")
     # Wine looks for libraries on its own path.
@@ -380,6 +465,10 @@ def run_tests(target: Target) -> bool:
             print((done.stdout + done.stderr)[-3000:])
             good = False
     return good
+
+
+def test_programs(build: Path) -> list[Path]:
+    return [f for f in sorted((build / "native" / "tests").glob("test_*")) if is_program(f)]
 
 
 def is_program(file: Path) -> bool:

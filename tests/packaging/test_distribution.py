@@ -59,8 +59,8 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(
         sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder,
         "-Ccmake.define.CMAKE_C_FLAGS_RELEASE=-O0 -DNDEBUG",
-        "-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG", cwd=tree,
-        PIP_NO_INDEX="1", PIP_INDEX_URL="http://127.0.0.1:9/simple",
+        "-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0 -DNDEBUG", "-Ccmake.define.PLB_UNITY=ON",
+        cwd=tree, PIP_NO_INDEX="1", PIP_INDEX_URL="http://127.0.0.1:9/simple",
     )  # fmt: skip
     (path,) = folder.glob("*.whl")
     return path
