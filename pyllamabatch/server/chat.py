@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import Request
 from pydantic import Field
@@ -45,7 +45,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", body.top_logprobs, "needs logprobs: true")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    prepared = await service.submit(body, [turn.prompt], n_logprobs, turn.sampling)
+    prepared = await service.submit(body, [turn.prompt], n_logprobs)
     make = partial(ChatAnswer, service, body, prepared, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 
@@ -64,17 +64,12 @@ async def read_turn(service: Service, body: ChatBody) -> Turn:
 
 def chat_turn(service: Service, body: ChatBody) -> Turn:
     """The prompt of its messages and tools."""
-    options: ChatOptions = {"tool_choice": body.tool_choice}
-    if body.tools:
-        options["tools"] = body.tools
-    if body.parallel_tool_calls is not None:
-        options["parallel_tool_calls"] = body.parallel_tool_calls
-    if body.reasoning_format is not None:
-        options["reasoning_format"] = body.reasoning_format
-    if body.continue_final_message:
-        options["continue_final_message"] = True
-    if body.add_generation_prompt is not None:
-        options["add_generation_prompt"] = body.add_generation_prompt
+    names = (
+        "tools", "tool_choice", "parallel_tool_calls", "reasoning_format",
+        "continue_final_message", "add_generation_prompt",
+    )  # fmt: skip
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    options = cast("ChatOptions", given)
     kwargs = dict(body.chat_template_kwargs)
     if "enable_thinking" in kwargs:
         options["enable_thinking"] = kwargs.pop("enable_thinking")

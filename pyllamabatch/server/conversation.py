@@ -34,17 +34,6 @@ class Turn:
     prompt: ChatPrompt
     plain: bool
 
-    @property
-    def sampling(self) -> Mapping[str, Any]:
-        """Fields of `SamplingParams` that the answer needs."""
-        prompt = self.prompt
-        fields: dict[str, Any] = {"stop": prompt.stops}
-        if prompt.preserved_tokens:
-            fields["preserved_tokens"] = tuple(prompt.preserved_tokens)
-        if prompt.grammar is not None:
-            fields |= {"grammar": prompt.grammar, "json_schema": None}
-        return fields
-
     def reader(self) -> PlainReader | MessageReader:
         """For one answer."""
         return PlainReader() if self.plain else self.prompt.reader()

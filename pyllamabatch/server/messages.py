@@ -66,7 +66,7 @@ async def messages(service: Service, request: Request) -> Response:
     if body.output_config is not None and body.output_config.format is not None:
         body.json_schema = body.output_config.format.schema_
     turn = await _read_turn(service, body)
-    prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
+    prepared = await service.submit(body, [turn.prompt])
     make = partial(MessagesAnswer, service, body, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 

@@ -78,7 +78,7 @@ async def responses(service: Service, request: Request) -> Response:
     if body.n_logprobs is not None and not turn.plain:
         limit = "only of an answer without tools, by a template that can't think"
         raise invalid("include", LOGPROBS, limit)
-    prepared = await service.submit(body, [turn.prompt], body.n_logprobs, turn.sampling)
+    prepared = await service.submit(body, [turn.prompt], body.n_logprobs)
     make = partial(ResponsesAnswer, service, body, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from ..engine.chat import with_prompt
 from ..engine.embedder import Embedder
 from ..engine.embedding_core import Embedding
 from ..engine.engine import Engine
@@ -21,6 +21,7 @@ from ..engine.followers import Followers
 from ..engine.stream import Stream
 from ..errors import ArgumentError, UnsupportedOperation, integer
 from ..llama import runtime
+from ..llama.chat import ChatPrompt
 from ..llama.model import Model
 from ..llama.vocab import TokenArray
 from ..raw import lib
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 4096  # characters that are tokenized in the event loop at most
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | Sequence[int | str]
 """A text, token ids, or both in a list."""
 T = TypeVar("T")
@@ -194,17 +194,20 @@ class Service:
         body: SamplingBody,
         prompts: Sequence[Prompt],
         n_logprobs: int | None = None,
-        more: Mapping[str, Any] = NOTHING,
     ) -> Prepared:
-        """The requests of a body, submitted. `more`: fields of `SamplingParams` beside the body's;
-        `stop` joins the body's. Raises what becomes a 4xx or a 503."""
+        """The requests of a body, submitted. Raises what becomes a 4xx or a 503."""
         self.admit()
         n = body.n * len(prompts)
         if n > self.options.n_choices_max:
             raise invalid("n", n, f"at most {self.options.n_choices_max} choices of a request")
-        prepare = partial(self._submit, body, prompts, n_logprobs, more)
+        prepare = partial(self._submit, body, prompts, n_logprobs)
         text = sum(len(prompt) for prompt in prompts)
-        grammar = body.grammar or body.json_schema or body.response_format or more.get("grammar")
+        grammar = (
+            body.grammar
+            or body.json_schema
+            or body.response_format
+            or any(isinstance(prompt, ChatPrompt) and prompt.grammar for prompt in prompts)
+        )
         return await self.run(prepare, long=text > LONG_TEXT or bool(grammar))
 
     def _submit(
@@ -212,15 +215,10 @@ class Service:
         body: SamplingBody,
         prompts: Sequence[Prompt],
         n_logprobs: int | None,
-        more: Mapping[str, Any],
     ) -> Prepared:
         if n_logprobs is not None:
             integer(body.NAME_OF_LOGPROBS, n_logprobs, 0, self.engine.n_logprobs_max)
-        given = {**self.options.sampling, **body.sampling(n_logprobs)}
-        if given.get("grammar") and more.get("grammar"):
-            raise invalid("grammar", given["grammar"], "tools have a grammar of their own")
-        stops = (*given.get("stop", ()), *more.get("stop", ()))
-        sampling = {**given, **more, "stop": stops}
+        sampling = {**self.options.sampling, **body.sampling(n_logprobs)}
         if body.logit_bias is not None:
             sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
             self.vocab.check_tokens(list(bias), "logit_bias")
@@ -230,6 +228,10 @@ class Service:
             params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
         except ArgumentError as error:
             raise body.named(error) from None
+        params = [
+            with_prompt(one, prompt) if isinstance(prompt, ChatPrompt) else one
+            for one, prompt in zip(params, prompts, strict=True)
+        ]
         streams: list[Stream] = []
         try:
             for one, its_params in zip(tokens, params, strict=True):

@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ import pytest
 from pyllamabatch.errors import ChatParseError
 from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.model import Model
-from pyllamabatch.server import run
+from pyllamabatch.server import run, service
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.bodies import (
     PARSED_HERE_BYTES,
@@ -85,7 +86,7 @@ def test_what_a_sampler_throws_is_not_the_clients_mistake(
 ) -> None:
     """The first token begins a grammar that has no place for it."""
     grammar = Grammar('root ::= "~"', lazy=True, trigger_patterns=(ANSWER[0],))
-    monkeypatch.setattr(Turn, "sampling", {"grammar": grammar})
+    monkeypatch.setattr(service, "with_prompt", lambda params, _: replace(params, grammar=grammar))
     error = served.refused(CHAT, {**SUM_CHAT, "temperature": 0}, 500)
     assert "empty grammar stack" in error["message"]
     assert error["type"] == "server_error"
@@ -111,7 +112,8 @@ def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
 def test_stops_of_the_template_are_no_stop_sequences(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Turn, "sampling", {"stop": (ANSWER[1:],)})
+    stop = (ANSWER[1:],)
+    monkeypatch.setattr(service, "with_prompt", lambda params, _: replace(params, stop=stop))
     for given, reason, word in (
         ([], "end_turn", None),
         ([ANSWER[1:]], "stop_sequence", ANSWER[1:]),

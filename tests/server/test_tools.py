@@ -3,14 +3,18 @@ embedded model say what a model with such a template would."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 
+from pyllamabatch import SamplingParams
+from pyllamabatch.engine.chat import with_prompt
+from pyllamabatch.llama.chat import ChatPrompt
 from pyllamabatch.llama.model import Model
-from pyllamabatch.server.conversation import Turn
+from pyllamabatch.server import service
 from pyllamabatch.server.options import ServerOptions
 from pyllamabatch.server.tokens import n_within
 from tests.llama.test_chat import CALL, HERMES, USER, WEATHER
@@ -25,13 +29,15 @@ FUNCTION: Any = WEATHER["function"]
 
 @pytest.fixture(scope="module")
 def hermes(embedded_model: Model) -> Iterator[Served]:
-    def sampling(turn: Turn) -> dict[str, str]:
-        if turn.prompt.grammar is None:
-            return {}
-        return {"grammar": f"root ::= {json.dumps('Yes.' if RESULT in turn.prompt else SAID)}"}
+    def forced(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:
+        params = with_prompt(params, prompt)
+        if prompt.grammar is None:
+            return params
+        said = "Yes." if RESULT in prompt else SAID
+        return replace(params, grammar=f"root ::= {json.dumps(said)}", preserved_tokens=())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Turn, "sampling", property(sampling))
+        patch.setattr(service, "with_prompt", forced)
         with serving(embedded_model, ServerOptions(chat_template=HERMES)) as served:
             yield served
 
