@@ -10,7 +10,7 @@ from math import hypot
 from typing import NamedTuple
 
 from pyllamabatch.cost import apple
-from pyllamabatch.cost.kernels import CUDA_VEC_MAX
+from pyllamabatch.cost.kernels import CUDA_VEC_MAX, Regime
 from pyllamabatch.cost.terms import DENSE, Experts, Terms
 
 
@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
 # Kernels of few rows take a row four times as long as those for prompts (M2 Ultra: 2.5 to 4.4, DGX
 # Spark 2.6 to 7, H200: 7), and the first tile of a matrix takes as long as 15 to 85 rows more.
 _FEW, _FILL = 4.0, 40
+_MOST = 512  # rows of a ubatch
 
 GPU = Speeds(1e12, 70e12, 60e-6, few=_FEW, fill=_FILL)
 """A GPU with memory of its own: an RTX 3090, which computes Llama 2 7B Q4_0 at 158 tokens/s and its
@@ -92,23 +93,28 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
     if not sorted_from:
         found["experts"] = all_experts
     found |= {f"tile of {tile}": 0.25 * dense for tile in kernels.tiles}
-    for regime in kernels.regimes:
-        many = regime.first > CUDA_VEC_MAX or len(kernels.regimes) == 1
-        # Metal's tiles of few rows are as fast as a matrix kernel: from two rows on they beat what
-        # takes `few` times as long for each (ggml-metal-common.cpp: `mul_mv_mma_rows_min`).
-        tiled = regime.tile > 1 and regime.rest == "tile"
-        one = row if many or tiled or not device.few else device.few * row
-        tile = regime.tile * one
-        seconds = {"pass": dense, "row": one, "tile": tile}
+
+    def line(regime: Regime, first: int, last: int) -> tuple[float, float]:
+        """From `first` to `last` rows of it: a pass, and each of the rows."""
         if not device.few:
             # Neither reading nor computing is hidden by the other one where both take as long.
-            few, more = (hypot(dense, n * one) for n in (regime.first, 4 * regime.first))
-            one = seconds["row"] = (more - few) / (3 * regime.first)
-            tile, seconds["pass"] = regime.tile * one, few - regime.first * one
-        elif regime.first == 1 and not many:
-            seconds["row"] = 0.0  # reading takes longer
-        if many:
-            seconds["pass"] += device.fill * row
+            begin, end = (hypot(dense, n * row) for n in (first, last))
+            slope = (end - begin) / (last - first)
+            return begin - first * slope, slope
+        if first > CUDA_VEC_MAX or len(kernels.regimes) == 1:
+            return dense + device.fill * row, row
+        # Metal's tiles of few rows are as fast as a matrix kernel: from two rows on they beat what
+        # takes `few` times as long for each (ggml-metal-common.cpp: `mul_mv_mma_rows_min`).
+        if regime.tile > 1 and regime.rest == "tile":
+            return dense, row
+        return dense, device.few * row if first > 1 else 0.0  # reading takes longer than one
+
+    ends = [*(regime.first for regime in kernels.regimes[1:]), _MOST]
+    for regime, end in zip(kernels.regimes, ends, strict=True):
+        grouped = regime.group > regime.first
+        passed, one = line(regime, regime.first, regime.group if grouped else end)
+        tile = regime.tile * one
+        seconds = {"pass": passed, "row": one, "tile": tile}
         if regime.tile > 1:
             seconds["row"] = 0.0
         if regime.first < sorted_from:
@@ -117,7 +123,8 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
             seconds["pass"] += all_experts
         if regime.rest == "each":
             seconds |= {"full tile": tile, "tile beyond": tile}
-            seconds |= {"any group": seconds["pass"], "group": regime.group * one}
             seconds |= {f"{n} beyond": n * one for n in range(1, regime.tile)}
+            seconds["any group"], each = line(regime, regime.group, end)
+            seconds["group"] = regime.group * each
         found |= {f"{part} {regime.first}+": value for part, value in seconds.items()}
     return found

@@ -128,6 +128,21 @@ def test_a_cpu_computes_a_few_rows_while_it_reads(sizes: Sizes) -> None:
     assert said == pytest.approx(measured, rel=0.25), said
 
 
+@pytest.mark.parametrize(
+    ("weights", "features"),
+    [("Q4_K", "AVX2 AVX512_VNNI"), ("Q8_0", "AVX2"), ("F16", "AVX2"), ("Q4_K", "NEON DOTPROD")],
+)
+@pytest.mark.parametrize("n_threads", [1, 8, 96])
+def test_no_prompt_takes_a_cpu_less_than_it_takes_to_compute(
+    weights: str, features: str, n_threads: int
+) -> None:
+    sizes, known = MODELS["gemma-3-4b-it-qat"], kernels("CPU", weights, features=features)
+    speeds = speeds_of("CPU", "", kind="cpu", n_threads=n_threads)
+    took = CostModel.prior(known, sizes, speeds).predict(512, 512, 0, 1)
+    computes, reads = 512 * 2 * (sizes.n_weights - sizes.n_output), sizes.n_bytes
+    assert computes / speeds.compute < took < computes / speeds.compute + 2 * reads / speeds.read
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_it_is_near_enough_to_any_card(card: str) -> None:
     """One guess for all of them: the first step that an engine sees sets the level."""
