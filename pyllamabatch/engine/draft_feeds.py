@@ -172,6 +172,7 @@ def _model_of(drafter: Draft | Mtp, target: Model) -> Model:
 def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -> Feed:
     target: Model = stepper.model
     model = _model_of(drafter, target)
+    mtp = isinstance(drafter, Mtp)
     own = None if model is target or model is getattr(drafter, "model", None) else model
     try:
         if isinstance(drafter, Draft):
@@ -181,14 +182,14 @@ def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -
         n_ahead = n_seq_max * stepper.drafts.token.shape[1]
         cells = drafter.n_ctx or -(-(n_cells + n_ahead) // 256) * 256
         given = {"n_batch": rows, "n_ubatch": rows, "n_outputs_max": n_seq_max, "swa_full": True}
-        if isinstance(drafter, Mtp):
+        if mtp:
             given["ctx_type"] = "mtp"
         if params["n_threads"] != default_threads(target, params)[0]:  # asked for
             given |= {name: params[name] for name in ("n_threads", "n_threads_batch")}
         cells = fitting_n_ctx(
             model, cells, shrink=not drafter.n_ctx, n_seq_max=n_seq_max, kv_unified=True, **given
         )
-        size = 1 / model.n_layer if model is target else model.size_bytes / target.size_bytes
+        size = 1 / model.n_layer if mtp else model.size_bytes / target.size_bytes
         return ModelFeed(DraftModel(model, stepper, n_ctx=cells, **given), size, own)
     except BaseException:
         if own is not None:

@@ -76,7 +76,8 @@ def test_a_long_prompt_is_caught_up_with_bit_by_bit(model: Model) -> None:
         assert all(drafted[2:-1])
 
 
-def test_what_a_draft_model_lacks_is_what_none_of_its_sequences_holds(model: Model) -> None:
+def lacks_of(drafter: Draft, model: Model, *prompts: list[int]) -> list[int]:
+    """What the draft model lacked at most while each of these was answered, one after the other."""
     lacks: list[int] = []
 
     def look(builder: PlanBuilder) -> Speculation:
@@ -84,16 +85,27 @@ def test_what_a_draft_model_lacks_is_what_none_of_its_sequences_holds(model: Mod
         lacks.append(int(engine._core.scheduler.drafting.lacks.sum()))
         return Speculation(dict.fromkeys(builder.view.decoding, 2), 2)
 
-    prompts = PROMPTS[0] * 10, PROMPTS[0] * 10 + PROMPTS[1] * 10
-    with engine_of(
-        model, n_ctx=4096, speculate=model, policy=ComposedPolicy(repeat=1, speculate=look)
-    ) as engine:
+    policy, found = ComposedPolicy(repeat=1, speculate=look), list[int]()
+    with engine_of(model, n_ctx=4096, speculate=drafter, policy=policy) as engine:
         for prompt in prompts:
+            lacks.clear()
             engine.submit(prompt, greedy(20)).result()
-            lacks.append(-1)
-    first, second = (len(prompt) for prompt in prompts)
-    assert max(lacks[: lacks.index(-1)]) == first + 1
-    assert max(lacks[lacks.index(-1) :]) == second - first + 1
+            found.append(max(lacks))
+    return found
+
+
+def test_what_a_draft_model_lacks_is_what_none_of_its_sequences_holds(model: Model) -> None:
+    first, second = PROMPTS[0] * 10, PROMPTS[1] * 10
+    lacks = lacks_of(Draft(model), model, first, first + second)
+    assert lacks == [len(first) + 1, len(second) + 1]
+
+
+def test_a_drafter_is_as_large_as_what_it_computes(model: Model) -> None:
+    """The model itself, all of it; of its own layers, one."""
+    with engine_of(model, speculate=model) as engine:
+        assert engine._core._device.feed.size == 1
+    with engine_of(with_mtp(), speculate="mtp") as engine:
+        assert engine._core._device.feed.size == 1 / with_mtp().n_layer
 
 
 @pytest.mark.parametrize(("code", "n_times"), [(1, 4), (2, 1), (-3, 1)])
