@@ -134,6 +134,12 @@ size_t n_known(const plb_slot & slot, const sequence & s) {
     return s.known.size() + slot.generated.size() - s.n_seen;
 }
 
+// So many positions the model's memory has behind the tokens that are known; below 1 it can't draft for it.
+int32_t n_beyond(const plb_draft_model & self, const plb_slot & slot, const sequence & s) {
+    const int32_t n_ctx_seq = (int32_t) std::min<uint32_t>(llama_n_ctx_seq(self.model->ctx), INT32_MAX);
+    return std::min(self.model->views.n_pos_max, n_ctx_seq) - (int32_t) n_known(slot, s);
+}
+
 // How many tokens to draft for it.
 int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
     const plb_slot * slot = self.target->slots[seq].get();
@@ -141,10 +147,8 @@ int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
     if (slot == nullptr || !slot->active() || slot->next_token < 0 || !s.followed) {
         return 0;
     }
-    const int32_t n_ctx_seq = (int32_t) std::min<uint32_t>(llama_n_ctx_seq(self.model->ctx), INT32_MAX);
-    const int32_t n_pos = std::min(self.model->views.n_pos_max, n_ctx_seq);
     return std::min({self.given.n_most[seq], slot->params.max_tokens - slot->n_generated - 1,
-                     n_pos - (int32_t) n_known(*slot, s)});
+                     n_beyond(self, *slot, s)});
 }
 
 // So many more of the tokens that are known, in rows that nothing is sampled from.
@@ -333,7 +337,8 @@ void plb::tell_lacks(const plb_draft_model & self) {
     for (size_t seq = 0; seq < self.sequences.size(); ++seq) {
         const sequence & s = self.sequences[seq];
         const plb_slot * slot = self.target->slots[seq].get();
-        const size_t lacks = s.followed && slot != nullptr ? n_known(*slot, s) - s.n_agreed : 0;
+        const bool drafts = s.followed && slot != nullptr && n_beyond(self, *slot, s) > 0;
+        const size_t lacks = drafts ? n_known(*slot, s) - s.n_agreed : 0;
         self.given.n_lacks[seq] = lacks > IN_STEP ? (int32_t) lacks : 0;
     }
 }

@@ -100,6 +100,12 @@ def test_what_a_draft_model_lacks_is_what_none_of_its_sequences_holds(model: Mod
     assert lacks == [len(first) + 1, len(second) + 1]
 
 
+def test_it_lacks_nothing_of_a_sequence_that_is_too_long_for_it(model: Model) -> None:
+    """Else the others would have no drafts for what that one seems to take at first."""
+    prompt = (PROMPTS[0] * 100)[:1000]
+    assert lacks_of(Draft(model, n_ctx=512), model, prompt, prompt[:400]) == [0, 401]
+
+
 def test_a_drafter_is_as_large_as_what_it_computes(model: Model) -> None:
     """The model itself, all of it; of its own layers, one."""
     with engine_of(model, speculate=model) as engine:
