@@ -9,10 +9,10 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
-from ..step.ring_reader import Page
 from .detokenizer import Texts
 from .relays import Relay
 from .results import Chunk
@@ -40,7 +40,8 @@ class TextSink(Protocol):
         """What it did not take of a text, with what is around that."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def when_lost(self, call: Callable[[], None] | None) -> None:
+        """Calls this once, before what takes its texts is gone."""
 
 
 class SinkTable(Protocol):
@@ -48,25 +49,27 @@ class SinkTable(Protocol):
 
     @abstractmethod
     def put(self, one: Follower, column: Column) -> None:
-        """Its next token is there. Sets `row`."""
+        """Its next token is there. Sets `row` and `column`."""
 
     @abstractmethod
     def drop(self, one: Follower) -> None:
-        """Brings its `index` and `took_s` up to date, and sets `row` to -1."""
+        """Brings its `index` and `took_s` up to date, and sets `column` to None."""
 
     @abstractmethod
-    def send(
-        self, now: float, observe: Callable[[float, int], None]
-    ) -> Iterable[tuple[Follower, bytes | None]]:
-        """Those that have had a token of which their sink did not take all: and what is left; or
-        None: they have other news. They may be dropped meanwhile. `observe`: see `Followers`."""
+    def send(self, now: float, observe: Callable[[float, int], None]) -> Iterable[Follower]:
+        """Those that have more: of their token their sink did not take all, or they have other
+        news. They may be dropped meanwhile. `observe`: see `Followers`."""
+
+    @abstractmethod
+    def rest(self, one: Follower) -> bytes | None:
+        """What is left of its token; or None: it has other news. Of one that `send` has given."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextWriter:
     """A `Take` that wants the text only: `write` gets `before`, the text as `encode` gives it, and
     `after`. `encode` gives the same for a text as for its parts one after the other. `sink()`:
-    what does the same as `write`, and is closed at the end."""
+    what does the same as `write`."""
 
     before: bytes
     after: bytes
@@ -83,7 +86,7 @@ class Follower:
     has the exception of `take`. While it is in the table, that knows how far it is."""
 
     __slots__ = (
-        "blocked", "ended", "index", "page", "row", "sink", "stream", "take", "texts", "took_s",
+        "blocked", "column", "ended", "index", "row", "sink", "stream", "take", "texts", "took_s",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
@@ -93,8 +96,8 @@ class Follower:
         self.took_s = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.blocked: asyncio.Future[None] | None = None
-        self.row = -1  # in the table
-        self.page: Page | None = None
+        self.column: Column | None = None  # that it came into the table with,
+        self.row = -1  # and where it is there
         self.sink: TextSink | None = None
         self.texts: Texts | None = None
 
@@ -156,24 +159,17 @@ class Followers:
                 self._read(one, now)
         if self._table is None:
             return
-        for one, rest in self._table.send(now, self._observe):
-            self._drop(one)
-            if one not in self._open:  # it has ended meanwhile
-                continue
-            if rest is not None and one.sink is not None:
-                blocked = one.sink.write(rest)
-                if blocked is not None:
-                    self._wait_for(one, blocked)
-                    continue
-            self._read(one, now)
+        for one in self._table.send(now, self._observe):
+            if one.column is not None:  # it has not ended meanwhile
+                self._read(one, now)
 
     def _read(self, one: Follower, now: float) -> None:
         stream = one.stream
         try:
-            while one in self._open:
+            blocked = self._write_rest(one)
+            while blocked is None and one in self._open:
                 done = stream.done  # before the chunk: behind a last one there is an empty one
                 chunk = stream._chunk_from(one.index)
-                blocked = None
                 if chunk is not None:
                     n = chunk.stop - one.index
                     if n == 0:
@@ -183,14 +179,21 @@ class Followers:
                         self._observe((now - one.took_s) / n, n)
                     one.index, one.took_s = chunk.stop, now
                     blocked = one.take(chunk)
-                if blocked is not None:
-                    self._wait_for(one, blocked)
-                    return
-                if not done:
+                if blocked is None and not done:
                     self._put(one)
                     return
+            if blocked is not None:
+                self._wait_for(one, blocked)
         except Exception as error:
             self._end(one, error)
+
+    def _write_rest(self, one: Follower) -> Awaitable[None] | None:
+        """Out of the table: what its sink did not take."""
+        if self._table is None or one.column is None or one.sink is None:
+            return None
+        rest = self._table.rest(one)
+        self._drop(one)
+        return None if rest is None else one.sink.write(rest)
 
     def _put(self, one: Follower) -> None:
         """Into the table, where that is enough for its next token."""
@@ -200,11 +203,13 @@ class Followers:
         if self._table is None:
             self._table = one.sink.table()
         self._table.put(one, column)
+        one.sink.when_lost(partial(self._drop, one))
         del self._open[one]
 
     def _drop(self, one: Follower) -> None:
-        if one.row >= 0 and self._table is not None:
+        if self._table is not None and one.column is not None and one.sink is not None:
             self._table.drop(one)
+            one.sink.when_lost(None)
             self._open[one] = None
 
     def _wait_for(self, one: Follower, blocked: Awaitable[None]) -> None:
@@ -224,8 +229,6 @@ class Followers:
         """It takes nothing more."""
         self._drop(one)
         self._open.pop(one, None)
-        if one.sink is not None:
-            one.sink.close()
         if one.ended.done():
             return
         if error is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -19,14 +18,10 @@ class ChunkSink(TextSink):
     """Chunks of one response: `before`, a text, `after`. A text goes to the socket itself, as long
     as that takes it; what is left goes to the transport, and what comes behind it."""
 
-    __slots__ = ("after", "before", "flow", "socket", "transport")
+    __slots__ = ("after", "before", "protocol", "transport")
 
     def __init__(self, protocol: HttpProtocol, before: bytes, after: bytes) -> None:
-        self.transport = transport = protocol.transport
-        self.flow = protocol.flow
-        # one of its own: the transport closes its, and the next connection may get that
-        closed = transport.is_closing()
-        self.socket = -1 if closed else os.dup(transport.get_extra_info("socket").fileno())
+        self.protocol, self.transport = protocol, protocol.transport
         self.before, self.after = ffi.from_buffer(before), ffi.from_buffer(after)
 
     @classmethod
@@ -45,12 +40,11 @@ class ChunkSink(TextSink):
         if self.transport.is_closing():
             return None
         self.transport.write(rest)
-        return self.flow.drain() if self.flow.write_paused else None
+        flow = self.protocol.flow
+        return flow.drain() if flow.write_paused else None
 
-    def close(self) -> None:
-        if self.socket >= 0:
-            os.close(self.socket)
-            self.socket = -1
+    def when_lost(self, call: Callable[[], None] | None) -> None:
+        self.protocol.when_lost = call
 
 
 class ChunkTable(SinkTable):
@@ -73,32 +67,31 @@ class ChunkTable(SinkTable):
         sink, texts = one.sink, one.texts
         assert isinstance(sink, ChunkSink)
         assert texts is not None
+        socket = sink.transport.get_extra_info("socket").fileno()
         one.row = len(self._of)
         if one.row == len(self._rows):
             self._grow()
         self._of.append(one)
         row = self._rows[one.row]
+        one.column = column
         self._page, row.slot, row.at, row.turn = column
-        one.page = column.page  # as long as the row points to it
-        row.page, row.texts, row.socket = column.page.struct, texts.struct, sink.socket
+        row.page, row.texts, row.socket = column.page.struct, texts.struct, socket
         row.before, row.n_before = sink.before, len(sink.before)
         row.after, row.n_after = sink.after, len(sink.after)
         row.since = one.took_s
-        one.index -= row.at  # see `drop`
 
     def drop(self, one: Follower) -> None:
+        assert one.column is not None
         row, last = self._rows[one.row], self._of.pop()
-        one.index += row.at
+        one.index += row.at - one.column.at
         one.took_s = row.since
         if last is not one:
             self._rows[one.row] = self._rows[last.row]
             self._of[one.row] = last
             last.row = one.row
-        one.row, one.page = -1, None
+        one.column = None
 
-    def send(
-        self, now: float, observe: Callable[[float, int], None]
-    ) -> list[tuple[Follower, bytes | None]]:
+    def send(self, now: float, observe: Callable[[float, int], None]) -> list[Follower]:
         page = self._page
         if page is None or not self._of:
             return []
@@ -110,14 +103,16 @@ class ChunkTable(SinkTable):
         )  # fmt: skip
         for gap in self._gaps[0 : self._n_gaps[0]]:
             observe(now - gap.since, gap.n)
-        return [(self._of[i], self._rest(i, page)) for i in self._left[0:n_left]]
+        return [self._of[i] for i in self._left[0:n_left]]
 
-    def _rest(self, i: int, page: Page) -> bytes | None:
-        row, texts, sink = self._rows[i], self._of[i].texts, self._of[i].sink
+    def rest(self, one: Follower) -> bytes | None:
+        row, texts, sink = self._rows[one.row], one.texts, one.sink
         assert isinstance(sink, ChunkSink)
         assert texts is not None
+        assert one.column is not None
+        token = one.column.page.token
         if row.n_sent == lib.PLB_SINK_UNKNOWN:
-            texts.learn(int(page.token[row.slot, row.at]))
+            texts.learn(int(token[row.slot, row.at]))
         if row.n_sent < 0:
             return None
-        return sink.chunk(texts[int(page.token[row.slot, row.at - 1])])[row.n_sent :]
+        return sink.chunk(texts[int(token[row.slot, row.at - 1])])[row.n_sent :]

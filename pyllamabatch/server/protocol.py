@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +17,15 @@ from .errors import ApiError
 
 class HttpProtocol(HttpToolsProtocol):
     """Offers the ASGI extensions `WRITES` and `TEXT_SINK` where an answer of unknown length has
-    chunks."""
+    chunks. `when_lost`: called before its socket is closed, behind which another connection may get
+    that number."""
+
+    when_lost: Callable[[], None] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.when_lost is not None:
+            self.when_lost()
+        super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
         scope = cast("dict[str, Any]", self.scope)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -16,6 +16,7 @@ class Connection(asyncio.Protocol):
     transport: Any
     flow: FlowControl
     other: socket.socket
+    when_lost: Callable[[], None] | None = None
 
     @classmethod
     async def make(cls) -> "Connection":
@@ -28,6 +29,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.flow = FlowControl(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.when_lost is not None:
+            self.when_lost()
 
     def pause_writing(self) -> None:
         self.flow.pause_writing()
