@@ -7,6 +7,7 @@ up for long."""
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from .protocol import HttpProtocol
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5  # that open connections get once the engine is done
+MAC_OPEN_MAX = 10240  # open files that a process may ask for where the limit is "unlimited"
 
 
 class Drainable(Protocol):
@@ -74,7 +76,9 @@ class Server(uvicorn.Server):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run_until_signal(self) -> None:
-        """Returns when all is answered or cut off."""
+        """Returns when all is answered or cut off. The process may have as many open files as the
+        system lets it: each connection is one."""
+        raise_open_files()
         self.run(sockets=[self._listening])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,6 +123,18 @@ class Server(uvicorn.Server):
             await self._service.stop()
         finally:
             self.should_exit = True
+
+
+def raise_open_files() -> None:
+    """The soft limit up to the hard one. A Mac's is 256 else."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAC_OPEN_MAX if hard == resource.RLIM_INFINITY else hard
+    if 0 <= soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

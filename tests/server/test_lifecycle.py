@@ -190,6 +190,27 @@ def test_signals_where_loops_have_no_handlers(monkeypatch: pytest.MonkeyPatch) -
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit there")
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked"),
+    [(256, 4096, [4096]), (256, None, [10240]), (None, None, []), (4096, 4096, [])],
+)
+def test_a_server_may_open_as_many_files_as_the_system_lets_it(
+    monkeypatch: pytest.MonkeyPatch, soft: int | None, hard: int | None, asked: list[int]
+) -> None:
+    """None: no limit. A Mac takes that of the hard one alone."""
+    import resource
+
+    limits = tuple(resource.RLIM_INFINITY if n is None else n for n in (soft, hard))
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, both: given.append(both))
+    monkeypatch.setattr(Server, "run", lambda server, sockets: None)
+    with listen("127.0.0.1", 0) as listening:
+        Server(lambda: None, listening, service=SimpleNamespace()).run_until_signal()
+    assert given == [(n, limits[1]) for n in asked]
+
+
 @pytest.mark.parametrize(("seconds", "status"), [(60, 200), (0, 503)])
 def test_the_end_waits_for_embeddings(
     embedded_model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, status: int
