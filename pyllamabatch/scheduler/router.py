@@ -5,7 +5,7 @@ A prompt is an array of int32: token ids, or the bytes of a text where there is 
 
 import itertools
 from abc import abstractmethod
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -68,18 +68,17 @@ class LeastOutstanding(Router):
 
 class PrefixAffinity(Router):
     """The replica of the request with the longest common prefix, of the last `memory` requests; or
-    else of the last one with the same key. The least busy replica where that one has over `slack`
-    requests more than another, or where to wait for it takes over `patience` times as long as the
-    prefix saves: what is computed twice holds up others, and takes cells from their prefixes.
+    else of the last one with the same key. The least busy replica where to wait for that one takes
+    over `patience` times as long as the prefix saves: what is computed twice holds up others, and
+    takes cells from their prefixes. None that has over `slack` requests more than another.
 
-    Busy is what has many elements to compute that were new to it: requests are taken to end in
-    their order. A difference of less than a prompt's `ease` is none. Of equally busy ones, that
-    which has got the fewest elements that were new to it: where all prefixes of some users meet,
-    they have no room.
+    The least busy one is without requests, or else, of those where to wait takes up to `patience`
+    times as long as to compute the prompt, has got the fewest elements that were new to it: where
+    all prefixes of some users meet, they have no room.
 
     `unit`: elements of a prompt that make a token. `reach`: elements that are looked at."""
 
-    slack, patience, ease = 8, 3.0, 1 / 8
+    slack, patience = 8, 3.0
 
     def __init__(self, memory: int = 4096, unit: int = 1, reach: int = 2**15) -> None:
         self.memory = memory
@@ -90,39 +89,36 @@ class PrefixAffinity(Router):
         self._went: OrderedDict[int, tuple[Hashable, int]] = OrderedDict()
         """By request: the replica, and elements that were new to it."""
         self._held: Counter[Hashable] = Counter()  # elements by replica
-        self._sent: dict[Hashable, deque[int]] = {}
-        """By replica: elements that were new to it, of its requests until then; the last first."""
         self._keys: OrderedDict[str, Hashable] = OrderedDict()
 
     def choose(
         self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
     ) -> Name:
         elements = prompt()[: self.reach]
-        common = self._common(elements, replicas)
-        least = self._least(replicas, len(elements))
-        home = self._home(common, replicas, key)
-        if home is None or self._too_busy(home, least, replicas, common[home]):
+        most = min(view.n_open for view in replicas.values()) + self.slack
+        near = {name: view for name, view in replicas.items() if view.n_open <= most}
+        common = self._common(elements, near)
+        least = self._least(near, len(elements))
+        home = self._home(common, near, key)
+        if home is None or not self._is_worth(near, home, least, common[home]):
             home = least
         self._remember(elements, home, len(elements) - common[home], key)
         return home
 
     def _least(self, replicas: Mapping[Name, ReplicaView], n: int) -> Name:
-        """The least busy one, for a prompt of `n` elements: one without requests, if there is."""
-        replicas = {name: view for name, view in replicas.items() if not view.n_open} or replicas
-        fewest = min(view.n_open for view in replicas.values())
-        ahead = {
-            name: self._to_compute(name, view.n_open)
-            for name, view in replicas.items()
-            if view.n_open - fewest <= self.slack
-        }
-        few = min(ahead.values()) + n * self.ease
-        even = [name for name, n_ahead in ahead.items() if n_ahead <= few]
-        return min(even, key=lambda name: (self._held[name], replicas[name].n_open))
+        """The least busy one, for a prompt of `n` elements."""
+        idle = [name for name, view in replicas.items() if not view.n_open]
+        first = min(replicas, key=lambda name: replicas[name].wait)
+        soon = idle or [name for name in replicas if self._is_worth(replicas, name, first, n)]
+        return min(soon, key=lambda name: (self._held[name], replicas[name].n_open))
 
-    def _to_compute(self, name: Hashable, n_open: int) -> int:
-        """Elements that are new to a replica, of its last `n_open` requests."""
-        sent = self._sent.get(name)
-        return sent[0] - sent[min(n_open, len(sent) - 1)] if sent else 0
+    def _is_worth(
+        self, replicas: Mapping[Name, ReplicaView], name: Name, other: Name, n: int
+    ) -> bool:
+        """Whether to compute `n` elements there takes long enough to wait for it, not the other."""
+        one = replicas[name]
+        saved = n / self.unit * one.row_seconds
+        return one.wait - replicas[other].wait <= self.patience * saved
 
     def _common(self, elements: Tokens, replicas: Mapping[Name, ReplicaView]) -> Counter[Name]:
         """Elements of the longest common prefix that each replica has got."""
@@ -146,28 +142,17 @@ class PrefixAffinity(Router):
         names: dict[Hashable, Name] = {name: name for name in replicas}
         return names.get(self._keys.get(key))
 
-    def _too_busy(
-        self, home: Name, least: Name, replicas: Mapping[Name, ReplicaView], n_common: int
-    ) -> bool:
-        chosen, other = replicas[home], replicas[least]
-        if chosen.n_open - min(view.n_open for view in replicas.values()) > self.slack:
-            return True
-        if home == least or not chosen.row_seconds:
-            return False
-        saved = n_common / self.unit * chosen.row_seconds
-        return chosen.wait - other.wait > self.patience * saved
-
     def _remember(self, elements: Tokens, name: Hashable, n_new: int, key: str) -> None:
         id = next(self._ids)
         self._tree.insert(id, elements)
         self._went[id] = name, n_new
         self._held[name] += n_new
-        sent = self._sent.setdefault(name, deque([0], self.memory))
-        sent.appendleft(sent[0] + n_new)
         if len(self._went) > self.memory:
             oldest, (its, n) = self._went.popitem(last=False)
             self._tree.remove(oldest)
             self._held[its] -= n
+            if not self._held[its]:
+                del self._held[its]
         if key:
             self._keys.pop(key, None)
             self._keys[key] = name

@@ -74,7 +74,7 @@ def test_prefixes_are_spread_over_replicas_that_are_equally_busy() -> None:
     assert [router.choose(prompt((i, 30)), two) for i in (4, 5, 6)] == ["b", "b", "a"]
 
 
-def test_who_has_less_to_compute_is_less_busy() -> None:
+def test_who_has_got_less_that_was_new_is_less_busy() -> None:
     router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
     assert router.choose(prompt((1, 90)), two) == "a"
     assert router.choose(prompt((2, 400)), two) == "b"
@@ -82,23 +82,34 @@ def test_who_has_less_to_compute_is_less_busy() -> None:
     for i in (3, 4, 5):  # they begin as what is there
         assert router.choose(prompt((1, 90), (i, 20)), two) == "a"
         two["a"] = ReplicaView(two["a"].n_open + 1)
-    assert router.choose(prompt((6, 400)), two) == "a"  # 150 elements and four requests, not 400
+    assert router.choose(prompt((6, 200)), two) == "a"  # 150 elements and four requests, not 400
+    two["b"] = ReplicaView()
+    assert router.choose(prompt((7, 20)), two) == "b"  # which has nothing to do
     two = {"a": ReplicaView(10), "b": ReplicaView(1)}
     assert router.choose(prompt((8, 40)), two) == "b"  # too many requests
 
 
-def test_a_small_difference_of_work_is_none() -> None:
-    router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
-    assert router.choose(prompt((1, 900)), two) == "a"
-    assert router.choose(prompt((2, 400)), two) == "b"
-    two = {"a": ReplicaView(1), "b": ReplicaView(1)}
-    assert router.choose(prompt((1, 900), (3, 1)), two) == "a"
-    assert router.choose(prompt((2, 400), (3, 20)), two) == "b"
-    assert router.choose(prompt((4, 400)), two) == "b"  # holds 481 fewer, has 19 more to compute
-    assert router.choose(prompt((5, 60)), two) == "a"
-    assert router.choose(prompt((2, 400), (6, 20)), two) == "b"
-    two["a"] = ReplicaView()
-    assert router.choose(prompt((7, 400)), two) == "a"  # which has nothing to do
+def test_a_full_replica_gets_no_prompts_that_another_has_time_for() -> None:
+    router = PrefixAffinity()
+    idle = ReplicaView(row_seconds=1e-4)
+    assert router.choose(prompt((1, 4000)), {"a": idle, "b": ReplicaView(9)}) == "a"
+    full = ReplicaView(8, wait=20, row_seconds=1e-4)  # has got fewer elements, all of which decode
+    for i in range(8):
+        two = {"a": ReplicaView(i, row_seconds=1e-4), "b": full}
+        assert router.choose(prompt((2 + i, 1500)), two) == "a"
+    # 100 rows take 10 ms: three times as long is no wait
+    two = {"a": ReplicaView(1, 0, 1e-4), "b": ReplicaView(1, 0.031, 1e-4)}
+    assert router.choose(prompt((11, 100)), two) == "a"
+    two["b"] = ReplicaView(1, 0.029, 1e-4)
+    assert router.choose(prompt((12, 100)), two) == "b"
+
+
+def test_too_many_requests_where_a_prefix_is_the_next_one_that_has_it() -> None:
+    router = PrefixAffinity()
+    for name in ("a", "b"):
+        assert router.choose(A, {name: ReplicaView()}) == name
+    three = {"a": ReplicaView(9), "b": ReplicaView(3), "c": ReplicaView()}
+    assert router.choose(LIKE_A, three) == "b"
 
 
 def test_replicas_come_and_go() -> None:
@@ -131,6 +142,9 @@ def test_memory_and_reach_are_bounded() -> None:
     assert router.choose(prompt((99, 33)), two) == "b"
     found = max(n for _, n in router._tree.matches(prompt((99, 33))()))
     assert found == 32
+    for i in (100, 101):
+        router.choose(prompt((i, 9)), {"c": ReplicaView()})
+    assert list(router._held) == ["c"]  # the others are forgotten
 
 
 def test_bytes_of_a_text() -> None:
