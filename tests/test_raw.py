@@ -64,7 +64,7 @@ def test_every_constant_is_on_lib(found: declarations.Declarations) -> None:
 def test_enumerators_have_the_compilers_values(found: declarations.Declarations) -> None:
     enums = [text for text in found.types if "= ...," in text]
     names = [line.partition("=")[0].strip() for text in enums for line in text.splitlines()]
-    names = [name for name in names if name.isidentifier()]
+    names = [name for name in names if name.isidentifier() and name != "enum"]
     assert len(names) > 300
     for name in names:
         assert isinstance(getattr(lib, name), int), name
