@@ -12,6 +12,8 @@ from threading import Condition
 from pyllamabatch.engine.engine import Engine
 
 SLICE = 0.1  # seconds, and the rest of a step; a native call of many steps is interrupted
+LOOK = 0.002  # seconds
+MOST_LOOKS = 25
 
 
 class Turns:
@@ -20,6 +22,18 @@ class Turns:
     def __init__(self) -> None:
         self.changed = Condition()
         self.rota: deque[Turn] = deque()  # the first one computes
+        self.between = False  # two of them: none computes
+
+    def settle(self) -> None:
+        """Until this process's readers have what the one before has sampled: else they would take
+        the next one's time. With `changed` held, which is given up meanwhile."""
+        self.between = True
+        for _ in range(MOST_LOOKS):
+            used = time.process_time()
+            self.changed.wait(LOOK)
+            if time.process_time() - used < 0.2 * LOOK:
+                break
+        self.between = False
 
 
 class Turn(ABC):
@@ -69,7 +83,8 @@ class Turn(ABC):
     def _resume(self) -> None: ...
 
     def _mine(self) -> bool:
-        return bool(self._turns.rota) and self._turns.rota[0] is self
+        turns = self._turns
+        return bool(turns.rota) and turns.rota[0] is self and not turns.between
 
     def over(self) -> bool:
         return time.perf_counter() - self._since > SLICE
@@ -84,6 +99,7 @@ class Turn(ABC):
         self._spent += time.perf_counter() - self._since
         self._cpu_spent += time.process_time() - self._cpu_since
         self._turns.rota.rotate(-1)
+        self._turns.settle()
         self._turns.rota[0]._begin()
         self._turns.changed.notify_all()
 
