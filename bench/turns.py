@@ -126,7 +126,8 @@ class EngineTurn(Turn):
         turns = self._turns
         with turns.changed:
             while self in turns.rota and not self._mine():
-                if not turns.changed.wait(SLICE) and turns.rota[0].over():
+                late = not turns.changed.wait(SLICE)
+                if late and not turns.between and turns.rota[0].over():
                     turns.rota[0].end_soon()
         self._compute()
         with turns.changed:

@@ -124,3 +124,25 @@ def test_a_process_computes_in_its_turn_alone(monkeypatch: pytest.MonkeyPatch) -
             assert used.status() != psutil.STATUS_STOPPED
         finally:
             child.kill()
+
+
+def test_who_has_not_begun_is_not_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While readers get what was sampled before its turn: that would count others' time as its."""
+    monkeypatch.setattr(turns, "SLICE", 0.001)
+    both, waiting = turns.Turns(), Machine().engine("b")
+    told = list[bool]()
+    first = SimpleNamespace(
+        _core=SimpleNamespace(step=lambda: None),
+        _stepper=SimpleNamespace(interrupt=lambda: told.append(both.between)),
+    )
+    monkeypatch.setattr(both, "settle", lambda: None)
+    with turns.EngineTurn(both, cast(Engine, first)), turns.EngineTurn(both, waiting):
+        both.between = True
+        thread = Thread(target=waiting._core.step)
+        thread.start()
+        time.sleep(0.05)
+        assert not told
+        with both.changed:
+            both.between = False
+    thread.join(10)
+    assert True not in told
