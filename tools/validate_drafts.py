@@ -76,7 +76,7 @@ def by_prices(cost: Rows) -> Callable[[], ComposedPolicy]:
         seconds = np.array([cost.predict(n) if n else 0.0 for n in rows])
         prices = Prices(seconds, seconds, credit=1e9)
         priced: Drafts = drafts._replace(prices=lambda: prices)
-        builder.view = builder.view._replace(drafts=lambda: priced, drafts_due=True)
+        builder.view = builder.view._replace(drafts=lambda: priced, drafts_in=0)
         return ByGain()(builder)
 
     return lambda: ComposedPolicy(repeat=2**31, speculate=speculate)

@@ -3,6 +3,7 @@
 #include "step/engine.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace plb {
 
@@ -175,9 +176,11 @@ void draft_prices::computed(const step & step) {
         credit_ -= more;
         return;
     }
-    if (typical) {
-        ++n_timed_[(size_t) n_rows];
-        ns_timed_[(size_t) n_rows] += step.ns;
+    if (typical) { // the mean of their speeds: one that was disturbed counts little
+        const int32_t n = ++n_timed_[(size_t) n_rows];
+        int64_t & ns = ns_timed_[(size_t) n_rows];
+        const double per_ns = ns > 0 ? (double) (n - 1) * (n - 1) / (double) ns : 0;
+        ns = std::llround((double) n * n / (per_ns + 1 / (double) step.ns));
     }
     if (step.drafted && priced && width_ < n_priced_) {
         const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;

@@ -68,8 +68,8 @@ typedef struct plb_drafts {
     int32_t     * n_timed;  /* [n_rows_max + 1]: steps of the last run with so many rows, those that only
                                fill up included; without drafts only such with the graph of the one before,
                                and where a new graph takes long none with or just behind one */
-    int64_t     * ns_timed; /* [n_rows_max + 1]: what they took. Of those with drafts also what the next
-                               one without took longer */
+    int64_t     * ns_timed; /* [n_rows_max + 1]: what they take together at their mean speed. Of those
+                               with drafts also what the next one without took longer */
 } plb_drafts;
 
 /* PLB_E_ARGUMENT for an engine without drafts. */

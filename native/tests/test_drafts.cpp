@@ -112,6 +112,11 @@ void steps_are_timed_and_paid_for() {
     prices.begin();
     CHECK(views.n_timed[5] == 0);
     CHECK(views.ns_timed[5] == 0);
+    for (const int32_t seconds : {1, 1, 9, 1}) { // a disturbed one counts little
+        prices.computed({1, false, true, false, seconds * SECOND, 1, 1});
+    }
+    CHECK(views.n_timed[1] == 4);
+    CHECK(std::fabs(1e-9 * (double) views.ns_timed[1] - 16 / (3 + 1.0 / 9)) < 1e-6);
 }
 
 void a_dear_graph_stays() {

@@ -59,10 +59,11 @@ _OTHERS = 1024  # steps: see `Drafting._n_passed`
 class Drafted(NamedTuple):
     """What came of the drafts of a call. taken: tokens sampled, by slot. n_rows: of all steps,
     drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call. n_timed,
-    seconds_timed: of steps with 0, 1, ... rows, how many were timed and how long they took in all.
-    credit: what is left of it, see `Prices`; None where the call had none. n_drafts: of which the
-    drafted tokens were, one a sequence and step; n_right: of how many of them token i was right.
-    catch_up: seconds in which a draft model has computed what it lacked of sequences."""
+    seconds_timed: of steps with 0, 1, ... rows, how many were timed, and how long they took in all,
+    at their mean speed. credit: what is left of it, see `Prices`; None where the call had none.
+    n_drafts: of which the drafted tokens were, one a sequence and step; n_right: of how many of
+    them token i was right. catch_up: seconds in which a draft model has computed what it lacked of
+    sequences."""
 
     taken: npt.NDArray[np.integer]
     n_rows: int
@@ -109,8 +110,9 @@ class StepTimes:
             self._doubted.discard(n_rows)
         else:
             self._doubted.add(n_rows)
-        factor += (near - factor) * n_steps / (weight + n_steps)
-        self._known[n_rows] = factor, weight + n_steps, self._n_steps
+        n = weight + n_steps
+        # the mean of speeds: what was disturbed counts little
+        self._known[n_rows] = n / (weight / factor + n_steps / near), n, self._n_steps
         return agrees
 
     def passed(self, n_steps: int) -> None:
@@ -191,12 +193,17 @@ class Drafting:
         self.cuts = 0  # steps after which its call ends for that alone,
         self._cut = False  # as the one before did
         self._n_changes = 0  # when it was planned
-        self._turn = 0.0  # seconds of Python for a step of decoding without a look
+        self._turn: float | None = None  # seconds of Python for a step of decoding without a look
 
     @property
-    def due(self) -> bool:
-        """Whether it is paid for to look at drafts before the next step."""
-        return self._pays_for(0.0)
+    def due(self) -> int | None:
+        """After how many steps drafts are to be looked at, 0: before the next one; None: that is
+        not paid for. At first a turn is timed without a look, and the steps that follow it."""
+        if not self._pays_for(0.0):
+            return None
+        if self._turn is not None:
+            return 0
+        return _CALM if self.limits.drafts_move_sampling else _ENOUGH
 
     def _pays_for(self, seconds: float) -> bool:
         """So many seconds from now."""
@@ -218,9 +225,11 @@ class Drafting:
         if self._cut and not prompts:
             lost = seconds
         elif self.looked:
-            lost = max(0.0, seconds - self._turn)
+            self._turn = seconds if self._turn is None else min(self._turn, seconds)
+            lost = seconds - self._turn
         elif not prompts:
-            self._turn += (seconds - self._turn) * (_LEARNED if self._turn else 1.0)
+            known = seconds if self._turn is None else self._turn
+            self._turn = known + (seconds - known) * _LEARNED
         self._gained -= lost
         self.credit -= lost
 

@@ -264,7 +264,7 @@ class Scheduler:
             self.cost,
             self.counters.steps,
             None if self.drafting is None else self._drafts,
-            self.drafting is not None and self.drafting.due,
+            None if self.drafting is None else self.drafting.due,
         )
 
     def _drafts(self) -> Drafts:

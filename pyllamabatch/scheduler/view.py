@@ -221,7 +221,8 @@ class StepView(NamedTuple):
       attend `kv` cells.
     - step: how many steps have been computed; one in parts counts for each (`Step.parts`).
     - drafts(): see `Drafts`; None where there are never any. What it takes to look at it, and to
-      plan again the sooner for it, is lost as drafts can lose time; drafts_due: that is paid for.
+      plan again the sooner for it, is lost as drafts can lose time. drafts_in: after how many steps
+      it is to be looked at, 0: now; None: that is not paid for.
     """
 
     now: float
@@ -234,7 +235,7 @@ class StepView(NamedTuple):
     cost: StepCost | None = None
     step: int = 0
     drafts: Callable[[], Drafts] | None = None
-    drafts_due: bool = True
+    drafts_in: int | None = 0
 
     @property
     def can_admit(self) -> bool:

@@ -94,8 +94,8 @@ class DraftColumns(NamedTuple):
       lose at worst; runs change it by what they lose and gain, and below 0 there are none.
       new_graph (one value): seconds that a step takes longer where it has not as many rows as the
       last one with drafts.
-    - n_timed, ns_timed: how many steps of the last run had 0, 1, ... rows, and their nanoseconds.
-      Without drafts these are steps with the graph of the one before."""
+    - n_timed, ns_timed: how many steps of the last run had 0, 1, ... rows, and their nanoseconds at
+      their mean speed. Without drafts these are steps with the graph of the one before."""
 
     n_most: I32
     n_given: I32

@@ -189,7 +189,7 @@ def test_the_times_of_steps_correct_the_cost_model() -> None:
     assert seconds[[2, 4, 6, 9]] == pytest.approx(said[[2, 4, 6, 9]] * [1.5, 2.0, 2.5, 2.5])
     assert worst[6] == seconds[6] < worst[7]
     times.observe(6, 8, 100.0)  # disturbed
-    assert times.prices(said)[0][6] == pytest.approx(said[6] * (2.5 + 4.0) / 2)
+    assert times.prices(said)[0][6] == pytest.approx(said[6] * 2 / (1 / 2.5 + 1 / 4.0))  # of speeds
     few, many = StepTimes(), StepTimes()  # of a step that was quick by chance
     for one, n_steps in ((few, 1), (many, 16)):
         one.observe(20, 16, 2.0)
@@ -264,10 +264,11 @@ def test_to_look_at_drafts_is_paid_for_as_what_they_lose(changes: int) -> None:
     total, lost, passed, steps = 0.0, 0.0, 0, 20
     drafting.planned(-1)
     drafting.turned(100 * look, prompts=True)  # that tells nothing of others
+    assert drafting.due  # the first one for decoding has none
     for i in range(3000):
         drafting.planned(i * changes)
         more, steps = steps < 20, 20
-        if drafting.due:
+        if drafting.due == 0:
             drafts = drafting.view(slots, owner, owner * 1000, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, most, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
@@ -335,8 +336,10 @@ def test_what_is_not_paid_for_is_not_looked_at() -> None:
     def never() -> Drafts:
         raise AssertionError
 
-    view = view_of(decoding(0), limits=LIMITS)._replace(drafts=never, drafts_due=False)
-    assert ByGain()(PlanBuilder(view, 64, 9, 0)) == ({}, None, None)
+    view = view_of(decoding(0), limits=LIMITS)._replace(drafts=never)
+    for drafts_in in (None, 7):
+        builder = PlanBuilder(view._replace(drafts_in=drafts_in), 64, 9, 0)
+        assert ByGain()(builder) == ({}, drafts_in, None)
     scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=ByGain(), repeat=9), cost=HALF)
     scheduler.add(1, 1, 50, arrival=0.0)
     drafting = scheduler.drafting
@@ -344,6 +347,7 @@ def test_what_is_not_paid_for_is_not_looked_at() -> None:
     prompt = scheduler.plan(0.0)
     assert prompt is not None
     scheduler.advance(prompt)
+    drafting.turned(1e-3, prompts=False)
     for credit, looked, repeat in ((-0.1, False, 9), (0.1, True, TIMED), (-0.1, False, 9)):
         drafting.credit = credit
         step = scheduler.plan(0.0)
@@ -377,15 +381,15 @@ def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
     begin = look()
     assert begin == pytest.approx(prompt / 4)
     drafting.credit = begin - 0.001
-    assert not drafting.due
-    while not drafting.due:  # it is saved for, however long that takes
+    assert drafting.due is None
+    while drafting.due is None:  # it is saved for, however long that takes
         if not drafting.passes(8, 8 * half(1), asked=False):
             call(0.0, asked=False)
     assert drafting.credit >= begin
     drafting.credit = begin - 0.001
-    assert not drafting.due
+    assert drafting.due is None
     drafting.passes(1024, 0.0, asked=True)
-    assert drafting.due  # others may lack less
+    assert drafting.due is not None  # others may lack less
     drafting.credit = begin
     assert call(2 * prompt, asked=True) == pytest.approx(2 * prompt)  # all of it counts
 
@@ -464,7 +468,7 @@ def test_what_drafts_take_is_no_price_of_as_many_rows_without(takes_time: bool) 
         prices = view.prices()
         assert prices is not None
         seconds.append(prices.seconds[4])
-    mixed = pytest.approx(1.25 * half(4), rel=0.01)
+    mixed = pytest.approx(1.2 * half(4), rel=0.01)
     assert seconds == ([half(4), 1.5 * half(4)] if takes_time else [mixed, mixed])
 
 

@@ -28,7 +28,7 @@ class ByGain:
     number that was not timed yet for a few steps at first. Those that keep the sampling off the
     device begin with one step, which shows what the move takes, and go on as long as they give more
     than without. No step takes longer than an ITL target. Where it is not paid for
-    to look at drafts (`StepView.drafts_due`), plans are as if there were no drafter."""
+    to look at drafts (`StepView.drafts_in`), plans are as if there were no drafter."""
 
     gain: float = 0.1
 
@@ -38,8 +38,10 @@ class ByGain:
 
     def __call__(self, builder: PlanBuilder) -> Speculation:
         view = builder.view
-        if view.drafts is None or not view.drafts_due:
+        if view.drafts is None or view.drafts_in is None:
             return NO_SPECULATION
+        if view.drafts_in:
+            return Speculation({}, view.drafts_in)
         drafts = view.drafts()
         if drafts.prices is None or not drafts.ids:
             return NO_SPECULATION
