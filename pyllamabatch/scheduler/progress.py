@@ -11,6 +11,8 @@ from .sequences import Sequences
 from .step import Counters, PromptChunk, Step
 from .step_builder import StepBuilder
 
+_COPIES = ("copy", "load")
+
 
 class Progress:
     """Cells, tokens and places of the sequences that a step has computed. `builder`: what made the
@@ -32,6 +34,7 @@ class Progress:
         self._drafting = drafting
         self._builder = builder
         self._accounting = builder.accounting
+        self._unwaited = False  # the last step had only prompts, or had some behind it
 
     def advance(self, step: Step, n: int, now: float | None, drafted: Drafted | None) -> None:
         """See `Scheduler.advance`."""
@@ -51,6 +54,7 @@ class Progress:
             if running.asked:
                 self._answered(step.decode)
         self._counters.count(step, n, n_recomputed)
+        self._unwaited = bool(step.chunks) and (step.behind or not len(step.decode))
 
     def advance_alone(self, step: Step, n: int, now: float, seconds: float) -> None:
         """See `Scheduler.advance_alone`."""
@@ -73,7 +77,8 @@ class Progress:
         n_more = drafted.n_rows - n * step.n_rows
         self._counters.count_drafts(n_more, drafted)
         owner, kv = self._sequences.running.owner[decode], self._attention.cells(step, (n - 1) / 2)
-        cost = None if step.chunks else cost
+        if step.chunks or self._unwaited or any(op.kind in _COPIES for op in step.kv_operations):
+            cost = None  # something else was computed or copied in this time
         drafting.observe(decode, owner, drafted, n, kv, cost, asked=bool(step.drafts))
         taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
         return taken

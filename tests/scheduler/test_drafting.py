@@ -1,0 +1,87 @@
+"""Drafting: which steps tell what drafts have gained and lost."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.kv import Sharing
+from pyllamabatch.scheduler import KvOptions, Limits, Scheduler
+from pyllamabatch.scheduler.drafting import Drafted
+from pyllamabatch.scheduler.policies.composed import ComposedPolicy
+from pyllamabatch.scheduler.step import Step
+from tests.support.made_up_costs import Linear
+from tests.support.scheduler_machine import Known
+
+STREAMS = Limits(
+    n_batch=16,
+    n_ubatch=16,
+    n_seq_max=4,
+    n_cells=400,
+    n_cells_seq=100,
+    unified=False,
+    n_draft_max=4,
+    n_outputs=16,
+    drafts_move_sampling=True,
+)
+SHARING = Sharing(copy_whole=True, trim=True, n_cached=4)
+PLAIN = Linear(0.01, 0.0)
+
+
+class Steps:
+    """Of a scheduler, whose steps have no drafts."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(
+            STREAMS, ComposedPolicy(), kv=KvOptions(SHARING, retain=True), cost=PLAIN
+        )
+        assert self.scheduler.drafting is not None
+        self.drafting = self.scheduler.drafting
+        self._tokens: dict[int, list[int]] = {}
+
+    def add(self, id: int, n_prompt: int) -> None:
+        """Its prompt begins as all others do."""
+        self._tokens[id] = list(range(n_prompt))
+        known: Any = Known(self._tokens, id)
+        self.scheduler.add(id, n_prompt, 30, arrival=0.0, tokens=known)
+
+    def plan(self) -> Step:
+        step = self.scheduler.plan(0.0)
+        assert step is not None
+        return step
+
+    def lost(self, step: Step, seconds: float) -> float:
+        """Credit, by a step that has taken so long."""
+        before, n = self.drafting.credit, step.n_rows
+        shares, timed = np.zeros((8, 4)), np.bincount([n], minlength=17)
+        taken = np.ones(8, np.int32)
+        drafted = Drafted(taken, n, 0, 0, shares, shares, seconds, timed, timed * seconds)
+        self.scheduler.advance(step, 1, 0.0, drafted if len(step.decode) else None)
+        for tokens in self._tokens.values() if len(step.decode) else ():
+            tokens.append(len(tokens))
+        return before - self.drafting.credit
+
+
+@pytest.mark.parametrize("first", ["nothing", "a copy", "a prompt"])
+def test_what_a_step_waits_for_is_not_lost_by_drafts(first: str) -> None:
+    """While steps are still sampled on the host, just after drafts."""
+    steps = Steps()
+    steps.add(1, 33)
+    for _ in range(20):
+        steps.lost(steps.plan(), 0.01)
+    if first == "a copy":
+        steps.add(2, 33)  # but its last token it has all from the first one
+    elif first == "a prompt":
+        steps.scheduler.remove(1, worth=False)
+        steps.add(2, 16 + 1)
+        step = steps.plan()
+        assert step.chunks
+        assert not len(step.decode)
+        steps.lost(step, 0.01)
+    steps.drafting._off = 0  # the last step had drafts
+    step = steps.plan()
+    assert any(op.kind == "copy" for op in step.kv_operations) == (first == "a copy")
+    assert len(step.decode)
+    assert not step.chunks
+    lost = steps.lost(step, 0.05)
+    assert lost == (pytest.approx(0.04, rel=0.1) if first == "nothing" else 0.0)
