@@ -1,5 +1,6 @@
 """The parts of an engine, by its options: a context, the stepper on it, and the scheduler."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from ..llama.memory import copies_whole_only
 from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
-from .draft_feeds import feed_of
+from .draft_feeds import LoadedDraft, feed_of, load_draft
 from .drafters import Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
@@ -43,15 +44,20 @@ def assemble(
         options = replace(
             options, speculate="ngram" if _may_draft(model, options, machine) else None
         )
-    if machine is None:
-        context, layout = make_context(cast("Model", model), options, context_params)
-    else:
-        context, layout = on_machine.make_context(machine, model, options, context_params)
-    try:
-        return _parts(context, layout, options)
-    except BaseException:
-        context.close()
-        raise
+    with ExitStack() as undo:
+        draft = None
+        if machine is None:
+            if isinstance(model, Model):
+                draft = load_draft(options.drafter, model)
+            if draft is not None:
+                undo.callback(draft.close)
+            context, layout = make_context(cast("Model", model), options, context_params, draft)
+        else:
+            context, layout = on_machine.make_context(machine, model, options, context_params)
+        undo.callback(context.close)
+        parts = _parts(context, layout, options, draft)
+        undo.pop_all()
+    return parts
 
 
 def _may_draft(model: Model | None, options: EngineOptions, machine: PathLike | None) -> bool:
@@ -63,7 +69,9 @@ def _may_draft(model: Model | None, options: EngineOptions, machine: PathLike | 
     return takes_back and decides and options.cost is not None and not exact
 
 
-def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Parts:
+def _parts(
+    context: EngineContext, layout: Layout, options: EngineOptions, draft: LoadedDraft | None
+) -> Parts:
     invariance = None
     if options.batch_invariant:
         nearly = options.batch_invariant == "nearly"
@@ -79,9 +87,9 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
         drafter="ngram" if ngram else None,
         n_corpus=ngram.corpus if ngram else 0,
     )
-    cells = max(layout.n_ctx, layout.pool)
-    feed = feed_of(options.drafter, stepper, cells, context.params)
     adapters = Loras(context.model, options.loras, context.set_loras)
+    cells = min(max(layout.n_ctx, layout.pool), context.n_ctx)
+    feed = feed_of(options.drafter, draft, stepper, cells, context.params)
 
     def renewed() -> None:
         scheduler.set_cost(make_cost(context, options))

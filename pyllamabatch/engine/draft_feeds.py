@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
 from ..llama.context import default_threads
+from ..llama.host import PathLike
 from ..llama.model import Model
 from ..models import default_draft_path
-from ..planner.residency import fitting_n_ctx
+from ..planner.residency import Beside, fitting_n_ctx
 from ..scheduler import Step
 from ..step.draft_model import DraftModel, check_same_vocabulary
+from ..step.stepper_options import DRAFT_LIMIT
 from ..step.types import DraftColumns, Run
 from .drafters import AnyDrafter, Draft, Drafter, Mtp, Ngram, Wanted
 from .request import Request
@@ -46,15 +49,52 @@ class Feed:
         """Before the stepper is closed."""
 
 
-class ModelFeed(Feed):
-    """Of a draft model that the native step asks by itself, and of its size. `own`: is closed with
-    it."""
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft model that has no context yet.
 
-    def __init__(self, draft: DraftModel, size: float, own: Model | None = None) -> None:
-        self._draft = draft
-        self.size = size
-        self._own = own
-        draft.attach()
+    - own: it was loaded for this engine, and is closed with it. layers: the share of its layers
+      that it computes. size: see `Feed`. n_ctx: as in `Draft`."""
+
+    model: Model
+    own: bool
+    layers: float
+    size: float
+    n_ctx: int
+
+    def context(self, n_seq_max: int) -> Beside:
+        """Its context, for an engine's with so many sequences."""
+        rows = max(BATCH, n_seq_max)
+        params: dict[str, Any] = {"n_batch": rows, "n_ubatch": rows, "n_seq_max": n_seq_max}
+        params |= {"n_outputs_max": n_seq_max, "kv_unified": True, "swa_full": True}
+        if self.layers < 1:
+            params["ctx_type"] = "mtp"
+
+        def cells(n_cells: int) -> int:
+            return self.n_ctx or -(-(n_cells + n_seq_max * DRAFT_LIMIT) // 256) * 256
+
+        return Beside(self.model, cells, params)
+
+    def close(self) -> None:
+        if self.own:
+            self.model.close()
+
+
+class ModelFeed(Feed):
+    """Of a draft model that the native step asks by itself, with a context for so many sequences
+    and cells as the stepper has. params: of the engine's context."""
+
+    def __init__(self, loaded: LoadedDraft, stepper: Any, n_cells: int, params: Any) -> None:
+        context = loaded.context(stepper.n_seq_max)
+        cells, shrink = context.cells(n_cells), not loaded.n_ctx
+        given = dict(context.params)
+        if params["n_threads"] != default_threads(stepper.model, params)[0]:  # asked for
+            given |= {name: params[name] for name in ("n_threads", "n_threads_batch")}
+        cells = fitting_n_ctx(loaded.model, cells, shrink=shrink, **given)
+        self._draft = DraftModel(loaded.model, stepper, n_ctx=cells, **given)
+        self.size = loaded.size
+        self._loaded = loaded
+        self._draft.attach()
 
     def begin(self, slot: int, request: Request) -> None:
         if request.budget is not None:
@@ -70,8 +110,7 @@ class ModelFeed(Feed):
 
     def close(self) -> None:
         self._draft.close()
-        if self._own is not None:
-            self._own.close()
+        self._loaded.close()
 
 
 class PythonFeed(Feed):
@@ -130,13 +169,35 @@ def _wanted(request: Request, n: int) -> Wanted:
     return Wanted(request.id, tokens, request.n_given, n)
 
 
-def feed_of(drafter: AnyDrafter | None, stepper: Any, n_cells: int, params: Any) -> Feed:
-    """For the drafter of an engine. n_cells: of all its sequences. params: of its context. Raises
-    what loading a model and making a context raise, and ArgumentError for another vocabulary."""
-    if drafter is None or isinstance(drafter, Ngram):
+def load_draft(drafter: AnyDrafter | None, target: Model) -> LoadedDraft | None:
+    """The model that drafts for this one, where a model does. Raises what loading one raises, and
+    ArgumentError for one that does not suit."""
+    if isinstance(drafter, Mtp):
+        _check_mtp(target)
+        layers = 1 / target.n_layer
+        return LoadedDraft(target, False, layers, layers, drafter.n_ctx)
+    if not isinstance(drafter, Draft):
+        return None
+    own = not isinstance(drafter.model, Model)
+    model = drafter.model if isinstance(drafter.model, Model) else _load(drafter.model, target)
+    found = LoadedDraft(model, own, 1.0, model.size_bytes / target.size_bytes, drafter.n_ctx)
+    try:
+        _check_vocabulary(drafter, model, target)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def feed_of(
+    drafter: AnyDrafter | None, loaded: LoadedDraft | None, stepper: Any, n_cells: int, params: Any
+) -> Feed:
+    """For the drafter of an engine, and its model if it has one. n_cells: of all its sequences.
+    params: of its context. Raises what making a context raises."""
+    if loaded is not None:
+        return ModelFeed(loaded, stepper, n_cells, params)
+    if drafter is None or isinstance(drafter, Ngram | Draft | Mtp):
         return Feed()
-    if isinstance(drafter, Draft | Mtp):
-        return _model_feed(drafter, stepper, n_cells, params)
     return PythonFeed(drafter, stepper.drafts, stepper.n_vocab)
 
 
@@ -159,39 +220,7 @@ def _check_mtp(model: Model) -> None:
         raise ArgumentError("speculate", "mtp", limit)
 
 
-def _model_of(drafter: Draft | Mtp, target: Model) -> Model:
-    if isinstance(drafter, Mtp):
-        _check_mtp(target)
-        return target
-    if isinstance(drafter.model, Model):
-        return drafter.model
-    path, load = drafter.model or default_draft_path(), target._load
+def _load(path: PathLike, target: Model) -> Model:
+    load: dict[str, Any] = target._load
+    path = path or default_draft_path()
     return Model(path, n_gpu_layers=load["n_gpu_layers"], devices=load.get("devices"))
-
-
-def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -> Feed:
-    target: Model = stepper.model
-    model = _model_of(drafter, target)
-    mtp = isinstance(drafter, Mtp)
-    own = None if model is target or model is getattr(drafter, "model", None) else model
-    try:
-        if isinstance(drafter, Draft):
-            _check_vocabulary(drafter, model, target)
-        n_seq_max = stepper.n_seq_max
-        rows = max(BATCH, n_seq_max)
-        n_ahead = n_seq_max * stepper.drafts.token.shape[1]
-        cells = drafter.n_ctx or -(-(n_cells + n_ahead) // 256) * 256
-        given = {"n_batch": rows, "n_ubatch": rows, "n_outputs_max": n_seq_max, "swa_full": True}
-        if mtp:
-            given["ctx_type"] = "mtp"
-        if params["n_threads"] != default_threads(target, params)[0]:  # asked for
-            given |= {name: params[name] for name in ("n_threads", "n_threads_batch")}
-        cells = fitting_n_ctx(
-            model, cells, shrink=not drafter.n_ctx, n_seq_max=n_seq_max, kv_unified=True, **given
-        )
-        size = 1 / model.n_layer if mtp else model.size_bytes / target.size_bytes
-        return ModelFeed(DraftModel(model, stepper, n_ctx=cells, **given), size, own)
-    except BaseException:
-        if own is not None:
-            own.close()
-        raise

@@ -21,6 +21,7 @@ from ..planner.residency import device_free, fitting_n_ctx, why_not_back
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
 from .context_defaults import ubatch_of, why_batch
+from .draft_feeds import LoadedDraft
 from .invariance import check_can, swaps
 from .layout_cost import CostOf, pool_pays, pool_speed
 from .native_context import NativeContext
@@ -68,13 +69,18 @@ class Cells:
     n_cached: float = inf
 
 
-def cells_of(model: Model, n_seq_max: int, params: dict[str, Any]) -> Cells:
-    """On this machine, for a context with these parameters."""
+def cells_of(
+    model: Model, n_seq_max: int, params: dict[str, Any], draft: LoadedDraft | None
+) -> Cells:
+    """On this machine, for a context with these parameters, and that of a draft model."""
     n_ctx_train = model.n_ctx_train
     if copies_whole_only(model):
         why = "a recurrent state has one size, however long its text is"
         return Cells(n_ctx_train, 0, why, min(n_seq_max, MOST_STATES))
-    room = MEMORY_SHARE * free_memory(model) / bytes_of_cell(model, params)
+    each = bytes_of_cell(model, params)
+    if draft is not None and not draft.n_ctx:
+        each += draft.layers * bytes_of_cell(draft.model, {})
+    room = MEMORY_SHARE * free_memory(model) / each
     if model.n_swa and not params.get("swa_full", True):
         return Cells(n_ctx_train, room, n_cached=0)  # a request goes on in the slot of its prefix
     return Cells(n_ctx_train, room)
@@ -185,7 +191,7 @@ def with_speed(layout: Layout, cost_of: CostOf, n_seq_max: int) -> tuple[Layout,
 
 
 def _open(
-    model: Model, options: EngineOptions, params: dict[str, Any]
+    model: Model, options: EngineOptions, params: dict[str, Any], draft: LoadedDraft | None
 ) -> tuple[NativeContext, Layout]:
     """The context as `params` ask for it; without all cells of a sliding window where these do not
     fit, and they do not say that they want them."""
@@ -194,11 +200,11 @@ def _open(
         fits = "on: all cells of the layers with a sliding window fit, as cached prefixes need them"
         reasons["swa_full"] = "as was asked for" if "swa_full" in params else fits
     try:
-        n_ctx, given, layout = _fitting(model, options, params)
+        n_ctx, given, layout = _fitting(model, options, params, draft)
     except NotEnoughMemory:
         if not model.n_swa or "swa_full" in params:
             raise
-        n_ctx, given, layout = _fitting(model, options, params | {"swa_full": False})
+        n_ctx, given, layout = _fitting(model, options, params | {"swa_full": False}, draft)
         reasons["swa_full"] = "off: all cells of the layers with a sliding window do not fit"
     rows = ubatch_of(model, params["n_ubatch"])
     reasons["n_ubatch"] = rows.why
@@ -211,15 +217,19 @@ def _open(
 
 
 def _fitting(
-    model: Model, options: EngineOptions, params: dict[str, Any]
+    model: Model, options: EngineOptions, params: dict[str, Any], draft: LoadedDraft | None
 ) -> tuple[int, dict[str, Any], Layout]:
     """n_ctx that fits, the other parameters of the context, and the layout."""
     given = params | {"n_ubatch": ubatch_of(model, params["n_ubatch"]).value}
-    layout = lay_out(cells_of(model, options.n_seq_max, given), options, given)
+    layout = lay_out(cells_of(model, options.n_seq_max, given, draft), options, given)
     if options.speculate is not None and copies_whole_only(model):
         _check_rollback(model, options, layout)
         given["n_rs_seq"] = _snapshots(given)
-    how = {"shrink": params["n_ctx"] == 0, "n_outputs": _n_outputs(model, options, given)}
+    how: dict[str, Any] = {
+        "shrink": params["n_ctx"] == 0,
+        "n_outputs": _n_outputs(model, options, given),
+        "beside": draft and draft.context(given["n_seq_max"]),
+    }
     return fitting_n_ctx(model, given.pop("n_ctx"), **how, **given), given, layout
 
 
@@ -254,10 +264,14 @@ def _n_outputs(model: Model, options: EngineOptions, given: dict[str, Any]) -> i
 
 
 def make_context(
-    model: Model, options: EngineOptions, params: dict[str, Any]
+    model: Model,
+    options: EngineOptions,
+    params: dict[str, Any],
+    draft: LoadedDraft | None = None,
 ) -> tuple[NativeContext, Layout]:
-    """The context of an engine. `params`: the parameters of `Context`, with n_ctx 0 for a choice of
-    ours, and kv_unified "auto". Raises as `Engine`."""
+    """The context of an engine, which leaves room for that of a draft model. `params`: the
+    parameters of `Context`, with n_ctx 0 for a choice of ours, and kv_unified "auto". Raises as
+    `Engine`."""
     if not isinstance(model, Model):
         raise ArgumentError("model", model, "must be a Model: Engine(Model(path), ...)")
     if model.has_encoder or not model.has_decoder:
@@ -270,12 +284,12 @@ def make_context(
             raise ArgumentError(name, params[name], "the engine sets it itself")
     if options.batch_invariant:
         swaps(options.preemption, model.n_swa)
-    context, layout = _open(model, options, params)
+    context, layout = _open(model, options, params, draft)
     if layout.pool and options.cost == "auto":
         layout, pool = with_speed(layout, context.cost_of, options.n_seq_max)
         if pool:
             context.close()
-            context, opened = _open(model, options, params | {"kv_unified": True})
+            context, opened = _open(model, options, params | {"kv_unified": True}, draft)
             layout = replace(layout, reasons=opened.reasons)
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()

@@ -15,8 +15,9 @@ from __future__ import annotations
 import logging
 from bisect import bisect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyllamabatch.errors import NotEnoughMemory, integer
 from pyllamabatch.llama import runtime
@@ -204,21 +205,41 @@ def device_free() -> int:
     return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
 
 
-def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> int:
-    """`n_ctx` if a context with these parameters fits what is free now, beside the model that is
-    loaded; with `shrink` the largest below it that does. Raises `NotEnoughMemory`.
+class Beside(NamedTuple):
+    """A context of a model that is loaded. cells: how many it is to have, by those of another
+    context. params: its other parameters."""
+
+    model: Model
+    cells: Callable[[int], int]
+    params: dict[str, Any]
+
+
+def fitting_n_ctx(
+    model: Model, n_ctx: int, *, shrink: bool, beside: Beside | None = None, **params: Any
+) -> int:
+    """`n_ctx` if a context with these parameters, and the one that is to come beside it, fit what
+    is free now; with `shrink` the largest below it with which they do. Their models are loaded.
+    Raises `NotEnoughMemory`.
 
     Where even a generous guess fits twice, nothing is projected."""
-    devices = device_free() if model.offloaded else 0
+    both = [Beside(model, int, params), *([beside] if beside else ())]
+    devices = device_free() if any(one.model.offloaded for one in both) else 0
     available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
-    if 2 * _generous(model, n_ctx, params) <= (devices or available.total):
+    generous = sum(_generous(one.model, one.cells(n_ctx), one.params) for one in both)
+    if 2 * generous <= (devices or available.total):
         return n_ctx
-    load: dict[str, Any] = model._load
-    with Projector(model.path, **load) as projector:
+    with ExitStack() as stack:
+        loads: list[dict[str, Any]] = [one.model._load for one in both]
+        projectors = [
+            stack.enter_context(Projector(one.model.path, **load))
+            for one, load in zip(both, loads, strict=True)
+        ]
 
         def short(cells: int) -> tuple[int, int] | None:
             """(needed, available) of the place that is too small."""
-            found = projector.footprint(n_ctx=cells, **params)
+            found = Footprint()
+            for one, projector in zip(both, projectors, strict=True):
+                found = found.plus(projector.footprint(n_ctx=one.cells(cells), **one.params))
             each = (found.device, available.device), (found.host, available.host)
             return next(((p.context, has.total) for p, has in each if p.context > has.total), None)
 

@@ -51,10 +51,9 @@ class DraftModel:
                 f"{model.architecture} can't draft: it keeps a recurrent state, from which tokens "
                 "of several steps can't be taken back"
             )
-        params = {"n_outputs_max": target.n_seq_max, "swa_full": True, **params}
-        self._context = Context(
-            model, n_ctx=n_ctx, n_seq_max=target.n_seq_max, kv_unified=True, **params
-        )
+        n_seq_max = target.n_seq_max
+        given = {"n_seq_max": n_seq_max, "n_outputs_max": n_seq_max, "kv_unified": True}
+        self._context = Context(model, n_ctx=n_ctx, **given | {"swa_full": True} | params)
         try:
             self._stepper = Stepper(self._context, n_logprobs_max=0, device_sampling=False)
             out = ffi.new("plb_draft_model **")

@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pyllamabatch.engine import layout
 from pyllamabatch.engine.draft_feeds import BATCH, ModelFeed
 from pyllamabatch.engine.drafters import Draft
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.errors import ArgumentError, NotEnoughMemory, UnsupportedOperation
+from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_prompts
+from pyllamabatch.planner import residency
 from pyllamabatch.scheduler.drafting import Drafting
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
@@ -156,6 +159,22 @@ def test_the_embedded_model_has_a_draft_of_its_own(embedded_model: Model) -> Non
             stats = engine.stats()
     assert answers[0] == answers[1]
     assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
+
+
+def test_memory_is_for_both_models(embedded_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it bounds the cells, the engine leaves the draft some, and says how many would fit."""
+    free = 12 * 2**20
+    for module in (layout, residency):
+        monkeypatch.setattr(module, "host_available", lambda: free)
+    how: dict[str, Any] = {"n_seq_max": 4, "n_threads": 1, "speculate": "draft"}
+    with Engine(embedded_model, **how) as engine:
+        contexts = engine._context, draft_of(engine)._context
+        n_ctx = engine._context.n_ctx
+        assert n_ctx <= contexts[1].n_ctx
+        parts = [part for context in contexts for part in memory_parts(context)]
+        assert sum(part.context + part.compute for part in parts) <= free
+    with pytest.raises(NotEnoughMemory, match=f"n_ctx={n_ctx} would fit"):
+        Engine(embedded_model, n_ctx=8192, kv_unified=True, **how)
 
 
 def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
