@@ -28,9 +28,7 @@ def fits_to_its_end(builder: PlanBuilder, seq: SequenceView) -> Verdict:
     """Admit it if all that run then can have all the tokens that they asked for."""
     together = [*builder.view.running, *builder.admitted, seq]
     cells = sum(cells_at_the_end(each) for each in together)
-    if builder.slots < 1 or cells > builder.view.limits.n_cells:
-        return Verdict.STOP
-    return Verdict.ADMIT
+    return Verdict.ADMIT if cells <= builder.view.limits.n_cells else Verdict.STOP
 
 
 def memory_aware() -> ComposedPolicy:

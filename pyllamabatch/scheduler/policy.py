@@ -5,7 +5,8 @@ together from parts that can be replaced one by one; the protocols here say what
 Most new policies are one new part. Every part is a plain function or a callable object:
 
     def short_prompts(builder: PlanBuilder, seq: SequenceView) -> Verdict:
-        return Verdict.ADMIT if seq.n_prompt <= 100 else Verdict.SKIP
+        alone = builder.n_running == 0
+        return Verdict.ADMIT if alone or seq.n_prompt <= 100 else Verdict.SKIP
 
     policy = ComposedPolicy(admit=short_prompts)
 """
@@ -211,7 +212,8 @@ class Order(Protocol):
 
 
 class Admit(Protocol):
-    """May this waiting sequence start now?"""
+    """May this waiting sequence start now? Asked while there is a slot: without one it is STOP.
+    Where none runs, one of those that wait is to be admitted, or `ask_again` says when."""
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict: ...
 

@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
-from pyllamabatch.scheduler import RULES, Limits, make_policy, policy_names
+from pyllamabatch import scheduler
+from pyllamabatch.scheduler import RULES, Limits, make_policy, policy, policy_names
 from tests.support.scheduler_machine import Machine
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,6 +22,17 @@ def test_the_smallest_policy_obeys_every_rule() -> None:
     machine.add(1, 10, 5)
     machine.add(2, 3, 2)
     assert [step.n_rows for step in machine.steps()] == [8, 2, 1, 1, 1, 1, 3, 1]
+
+
+def test_the_first_part_of_the_reference_serves_all() -> None:
+    _, example = (policy.__doc__ or "").split("callable object:\n")
+    names: dict[str, Any] = dict(vars(scheduler))
+    exec(compile(dedent(example), "policy.py", "exec"), names)
+    machine = Machine(Limits(64, 64, 2, 512, 512), names["policy"])
+    for id, n_prompt in enumerate((10, 150, 20, 30), 1):
+        machine.add(id, n_prompt, 5)
+    assert [*machine.steps()]
+    assert sorted(machine.done) == [1, 2, 3, 4]
 
 
 def test_a_policy_of_ones_own_takes_twenty_lines() -> None:

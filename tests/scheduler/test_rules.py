@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError, PlanError, RequestTooLong
-from pyllamabatch.scheduler import RULES, Limits, Plan, Scheduler, StepView, sarathi
+from pyllamabatch.scheduler import (
+    RULES,
+    ComposedPolicy,
+    Limits,
+    Plan,
+    Scheduler,
+    StepView,
+    sarathi,
+)
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
 
@@ -128,6 +136,17 @@ def test_a_policy_that_forgets_its_answer_is_told() -> None:
     made = Scheduler(LIMITS, Forgets())
     made.add(1, 10, 5, arrival=0.0)
     with pytest.raises(PlanError, match=r"plan: a policy answers with a Plan: None"):
+        made.plan(0.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "answer"),
+    [("admit", True), ("admit", None), ("admit", "stop"), ("mix", "prompts"), ("mix", None)],
+)
+def test_a_part_that_answers_something_else_is_told(part: str, answer: Any) -> None:
+    made = Scheduler(LIMITS, ComposedPolicy(**{part: lambda *given: answer}))
+    made.add(1, 10, 5, arrival=0.0)
+    with pytest.raises(ArgumentError, match=rf"{part}={answer!r}: must "):
         made.plan(0.0)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
+from ...errors import ArgumentError
 from ..policy import (
     Admit,
     Budget,
@@ -61,7 +62,9 @@ class ComposedPolicy:
                 return builder.plan()
             self._decode(builder)
         elif self.mix is not Mix.BOTH:
-            mix = self.mix if isinstance(self.mix, Mix) else self.mix(builder)
+            mix = self.mix(builder) if callable(self.mix) else self.mix
+            if not isinstance(mix, Mix):
+                raise ArgumentError("mix", mix, "must be a Mix")
             if mix is Mix.DECODES and len(view.decoding):
                 builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
                 self._decode(builder)
@@ -118,13 +121,15 @@ class ComposedPolicy:
                 break  # the preempted come before any newcomer
             if seq.prefix.pending:
                 continue  # its prefix is being computed
-            verdict = self.admit(builder, seq)
+            verdict = self._verdict(builder, seq)
             if verdict is Verdict.STOP:
                 builder, verdict = self._make_room(builder, seq)
             if verdict is Verdict.ADMIT:
                 self._start(builder, seq)
             elif verdict is Verdict.STOP:
                 break
+            elif verdict is not Verdict.SKIP:
+                raise ArgumentError("admit", verdict, "must answer with a Verdict")
         for seq in builder.view.prefilling:
             if builder.rows < 1:
                 break
@@ -141,8 +146,11 @@ class ComposedPolicy:
                 return builder, Verdict.STOP
             trial = builder.copy() if trial is builder else trial
             trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
-            verdict = self.admit(trial, seq)
+            verdict = self._verdict(trial, seq)
         return (trial if verdict is Verdict.ADMIT else builder), verdict
+
+    def _verdict(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        return self.admit(builder, seq) if builder.slots > 0 else Verdict.STOP
 
     def _advance(self, builder: PlanBuilder, seq: SequenceView) -> None:
         while builder.cells < 1:

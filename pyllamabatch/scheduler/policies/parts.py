@@ -152,7 +152,7 @@ def until_aged(view: StepView, steps: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class WhenItFits:
-    """Admit while there is a slot, and cells for all that the newcomer and the running ones know,
+    """Admit while there are cells for all that the newcomer and the running ones know,
     plus a reserve for what they will generate: the share `watermark` of the cache, at least one
     cell each. The first that does not fit stops the others, so that no long prompt starves."""
 
@@ -163,8 +163,6 @@ class WhenItFits:
             raise ArgumentError("watermark", self.watermark, "a share, from 0 to below 1")
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
-        if builder.slots < 1:
-            return Verdict.STOP
         n_running = builder.n_running
         if n_running == 0:
             return Verdict.ADMIT
