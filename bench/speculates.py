@@ -20,6 +20,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_model_path, default_prompts
 from pyllamabatch.step.sampling_params import SamplingParams
 
+OFTEN = 8  # a run of the embedded model's prompts is to last some turns
 REPEATING = "repeating"
 SAMPLING = {REPEATING: "greedy", FREE: "default"}
 
@@ -42,7 +43,7 @@ class SideBySide:
 
 class Speculates(Clients):
     """N texts at once. The embedded model, which knows none of the set, has its own prompts; their
-    answers are short, so all of them are asked, one behind the other."""
+    answers are short, so all of them are asked several times, one behind the other."""
 
     def __init__(self, case: Case, model: Model) -> None:
         self.case = case
@@ -51,7 +52,7 @@ class Speculates(Clients):
         self._each = 1
         if embedded(case):
             own = [one.prompt for one in default_prompts()]
-            self._each = -(-len(own) // case.pl)
+            self._each = -(-OFTEN * len(own) // case.pl)
         self._prompts = [prompt_of(model, prompt) for prompt in own]
         self.turn: Turn | None = None
         self._others: SideBySide | None = None
