@@ -33,9 +33,12 @@ class StepCalls:
         limits = scheduler.limits
         self._n_timed = 1 + min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
+        self._credit = 0.0  # before it,
+        self._gained = 0.0  # by the calls of its step
 
     def of(self, step: Step) -> tuple[Step, ...]:
         """The calls: rows with different adapters can't share one."""
+        self._gained = 0.0
         calls: tuple[Step, ...] = (step,)
         if self._device.loras.names:
             calls = step.by_group(self._table.lora_at, self._device.loras.applied)
@@ -56,6 +59,8 @@ class StepCalls:
         self._running = call, first
         if self._drafts is not None:
             set_drafts(self._drafts, call)
+            self._drafts.credit[0] += self._gained
+            self._credit = float(self._drafts.credit[0])
             self._device.feed.fill(call, self._table.in_slot)
         return n_before
 
@@ -94,6 +99,8 @@ class StepCalls:
         seconds = 0.0 if call.chunks else run.seconds
         if drafting.passes(run.n_steps, seconds, asked=bool(call.drafts)):
             return None
+        gained = None if call.prices is None else float(drafts.credit[0]) - self._credit
+        self._gained += gained or 0.0
         timed = threads is None or not threads.tries
         rows = slice(self._n_timed)
         return Drafted(
@@ -106,7 +113,7 @@ class StepCalls:
             run.seconds,
             drafts.n_timed[rows] * timed,
             drafts.ns_timed[rows] * 1e-9,
-            None if call.prices is None else float(drafts.credit[0]),
+            gained,
             int(drafts.n_drafts[call.decode].sum()),
             drafts.n_right,
             run.catch_up_seconds,

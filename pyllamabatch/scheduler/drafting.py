@@ -60,7 +60,7 @@ class Drafted(NamedTuple):
     """What came of the drafts of a call. taken: tokens sampled, by slot. n_rows: of all steps,
     drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call. n_timed,
     seconds_timed: of steps with 0, 1, ... rows, how many were timed, and how long they took in all,
-    at their mean speed. credit: what is left of it, see `Prices`; None where the call had none.
+    at their mean speed. gained: seconds, of the credit in its `Prices`; None where it had none.
     n_drafts: of which the drafted tokens were, one a sequence and step; n_right: of how many of
     them token i was right. catch_up: seconds in which a draft model has computed what it lacked of
     sequences."""
@@ -74,7 +74,7 @@ class Drafted(NamedTuple):
     seconds: float
     n_timed: npt.NDArray[np.integer]
     seconds_timed: npt.NDArray[np.floating]
-    credit: float | None = None
+    gained: float | None = None
     n_drafts: int = 0
     n_right: npt.NDArray[np.integer] | None = None
     catch_up: float = 0.0
@@ -300,8 +300,8 @@ class Drafting:
         if not asked:
             self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
-        if drafted.credit is not None and not begins:
-            gained = drafted.credit - self.credit - moves
+        if drafted.gained is not None and not begins:
+            gained = drafted.gained
         elif (asked or lingers) and self.times.knows(width, max(width, self.limits.n_seq_max)):
 
             def price(times: StepTimes, n_rows: int) -> float:

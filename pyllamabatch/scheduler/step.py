@@ -193,6 +193,9 @@ class Step:
     def _cut(self, pieces: Sequence[tuple[Slots, Sequence[PromptChunk]]]) -> tuple[Step, ...]:
         parts: list[Step] = []
         for decode, chunks in pieces:
+            drafts = {}
+            if self.drafts:
+                drafts = {k: self.drafts[k] for k in decode.tolist() if k in self.drafts}
             part = replace(
                 self,
                 decode=decode,
@@ -203,6 +206,8 @@ class Step:
                 n_slots=len({*decode.tolist(), *(chunk.slot for chunk in chunks)}),
                 n_pad=self.n_pad if decode is self.decode else 0,
                 behind=self.behind and len(decode) > 0 and len(chunks) > 0,
+                drafts=drafts,
+                prices=self.prices if drafts else None,
             )
             parts.append(part)
         return tuple(parts)

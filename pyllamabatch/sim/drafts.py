@@ -76,14 +76,14 @@ class Luck:
 class Steps(NamedTuple):
     """Of a call, one line each: seconds, new graphs included, and what the scheduler is told of
     them, 0 for nothing; tokens that each slot of `Step.decode` samples; drafted tokens of each.
-    rows: those of the step. credit: after it; None without prices."""
+    rows: those of the step. gained: with those before, of the credit in `Prices`; None without."""
 
     seconds: F64
     timed: F64
     taken: I64
     n_drafted: I64
     rows: I64
-    credit: list[float | None]
+    gained: list[float | None]
 
 
 class StepOf(NamedTuple):
@@ -163,7 +163,8 @@ def steps_of(
             for slot, one in zip(slots, luck, strict=True)]  # fmt: skip
     prices, sampling, behind = step.prices, sampling or Sampling(), False
     seconds, timed, rows = list[float](), list[float](), list[int]()
-    taken, drafted, credits = list[list[int]](), list[list[int]](), list[float | None]()
+    taken, drafted, gains = list[list[int]](), list[list[int]](), list[float | None]()
+    in_all = 0.0
     for at in range(n):
         can = [min(k, m - 1) for k, m in zip(most, left, strict=True)]
         decided = decide(step, can, luck, limits, prices, last)
@@ -178,12 +179,13 @@ def steps_of(
         if prices is not None:
             gained = _gained(prices, decided, sum(tokens), took, apart=apart, behind=behind)
             prices = prices._replace(credit=prices.credit + gained)
+            in_all += gained
         behind = drafts
         seconds.append(took)
         taken.append(tokens)
         drafted.append(decided.n_drafted)
         rows.append(decided.rows)
-        credits.append(None if prices is None else prices.credit)
+        gains.append(None if prices is None else in_all)
         left = [m - k for m, k in zip(left, tokens, strict=True)]
         if min(left) == 0:
             break
@@ -194,7 +196,7 @@ def steps_of(
         np.array(taken, np.int64).reshape(shape),
         np.array(drafted, np.int64).reshape(shape),
         np.array(rows, np.int64),
-        credits,
+        gains,
     )
 
 
@@ -255,7 +257,7 @@ def drafted_of(
         float(steps.seconds[:n].sum()),
         n_timed,
         timed,
-        steps.credit[n - 1],
+        steps.gained[n - 1],
         int((n_drafted > 0).sum()),
         (accepted[:, :, None] > np.arange(limits.n_draft_max)).sum((0, 1)),
     )

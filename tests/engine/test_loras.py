@@ -18,6 +18,7 @@ from tests.support.engines import EXACT, check_idle
 from tests.support.faults import set_fault
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
+from tests.support.speculating import LOOP, always, priced
 
 N_TOKENS = 24
 GREEDY = support.greedy(N_TOKENS)
@@ -263,3 +264,55 @@ def test_a_cancel_waits_for_one_step_of_each_set(
             stream.cancel()
             stream.wait(60)
         assert calls[:3] == [8, 1, 1]  # and the first one comes back when it is interrupted
+
+
+def test_each_set_has_drafts_of_its_own(model: Model, adapters: dict[str, LoraAdapter]) -> None:
+    """One ends while others go on, and what is told of a request's drafts is its own."""
+    params = [support.greedy(n, logit_bias=LOOP) for n in (17, 60, 40)]
+    how: dict[str, Any] = {"speculate": "ngram", "policy": always(4, 8), "cost": None}
+    answers = []
+    for options in ({}, how):
+        with engine_on(model, adapters, **options) as engine:
+            streams = [
+                engine.submit(PROMPTS[0] * 2, one, lora=chosen)
+                for one, chosen in zip(params, SETS, strict=False)
+            ]
+            results = [stream.result(60) for stream in streams]
+            stats = engine.stats()
+            answers.append([result.tokens for result in results])
+            check_empty(engine)
+    assert answers[0] == answers[1]
+    assert sum(result.n_drafted for result in results) == stats.drafted_tokens > 0
+    assert sum(result.n_accepted for result in results) == stats.accepted_tokens > 0
+
+
+def test_what_one_set_has_lost_no_other_one_may_lose_again(
+    model: Model, adapters: dict[str, LoraAdapter]
+) -> None:
+    """Of a step's credit, 10 seconds: each call loses four."""
+    found: list[tuple[float, float | None]] = []
+    how: dict[str, Any] = {"speculate": "ngram", "policy": priced(0.0), "cost": None, "n_batch": 64}
+    with engine_on(model, adapters, **how) as engine:
+        core: Any = engine._core
+        compute, drafting = core._stepper.compute, core.scheduler.drafting
+        credit = core._stepper.drafts.credit
+        observe = drafting.observe
+
+        def computed(*args: Any) -> Any:
+            before = float(credit[0])
+            run = compute(*args)
+            credit[0] = before - 4
+            if core.calls._running[0].drafts:
+                found.append((before, None))
+            return run
+
+        def observed(slots: Any, owner: Any, drafted: Any, *args: Any, asked: bool) -> None:
+            if asked:
+                found[-1] = found[-1][0], drafted.gained
+            observe(slots, owner, drafted, *args, asked=asked)
+
+        core._stepper.compute, drafting.observe = computed, observed
+        params = support.greedy(40)
+        streams = [engine.submit(PROMPTS[0] * 2, params, lora=chosen) for chosen in SETS[:2]]
+        assert [len(stream.result(60).tokens) for stream in streams] == [40, 40]
+    assert set(found) == {(10.0, -4.0), (6.0, -4.0)}

@@ -205,20 +205,20 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     drafting = Drafting(LIMITS, 8)
     slots, owner = np.array([0], np.int32), np.array([1])
 
-    def call(seconds: float, credit: float | None) -> float:
-        drafting.observe(slots, owner, drafted_of(seconds, credit), 8, 100, HALF)
+    def call(seconds: float, gained: float | None) -> float:
+        drafting.observe(slots, owner, drafted_of(seconds, gained), 8, 100, HALF)
         return drafting.credit
 
-    def drafted_of(seconds: float, credit: float | None = None) -> Drafted:
+    def drafted_of(seconds: float, gained: float | None = None) -> Drafted:
         times = np.zeros(9, np.int32), np.zeros(9)
         shares = np.zeros((8, 4))
-        return Drafted(slots, 8, 0, 0, shares, shares, seconds, *times, credit)
+        return Drafted(slots, 8, 0, 0, shares, shares, seconds, *times, gained)
 
     assert drafting.credit == LOSS * ADVANCE
     assert call(2.0 - ADVANCE, None) == pytest.approx(2 * LOSS)
-    assert call(1.0, -0.5) == pytest.approx(LOSS - 0.5)
-    lost, second = -0.5 - 2 * LOSS, np.exp(-1 / LATELY)
-    gained = 7.0 - (LOSS - 0.5) + lost * second
+    assert call(1.0, -0.5) == pytest.approx(3 * LOSS - 0.5)
+    second = np.exp(-1 / LATELY)
+    gained = 7.0 - 0.5 * second
     assert call(1.0, 7.0) == pytest.approx(4 * LOSS + RISKED * gained)
     assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained * second)
     for _ in range(10):  # what was gained long ago is not lost again
@@ -535,9 +535,9 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
             total, lost = total + seconds, lost + seconds - steps * n * half(1)
             timed = np.bincount([5 if asked else 1], minlength=9) * steps
             found = fresh if i % 10 == 9 else np.ones((8, 4))
-            credit = None if prices is None else prices.credit + gained
             drafted = Drafted(slots + steps * n, (5 if asked else 1) * steps, 0, 0, found, shares,
-                              seconds, timed, timed * each, credit)  # fmt: skip
+                              seconds, timed, timed * each,
+                              None if prices is None else gained)  # fmt: skip
             drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
         assert 0 < first < 4
         if pays:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.scheduler import PromptChunk, Step
 from pyllamabatch.scheduler.step import spans
+from pyllamabatch.scheduler.view import Prices
 
 FILLED = PromptChunk(104, 4, 0, 15, fill=5)
 
@@ -119,6 +120,17 @@ def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:
     assert (parts[1].preempted, parts[1].admitted) == ((), ())
     assert whole.by_group(lambda slot: 7, 7) == (whole,)
     assert whole.by_group(lambda slot: 7, 8) == (whole,)
+
+
+def test_a_group_has_the_drafts_of_its_own_slots() -> None:
+    prices = Prices(np.ones(9), np.ones(9), 1.0)
+    whole = replace(step([0, 1, 2, 5], {}), drafts={0: 4, 1: 3, 2: 2}, prices=prices)
+    parts = whole.by_group(lambda slot: slot % 3, 0)
+    assert [p.decode.tolist() for p in parts] == [[0], [1], [2, 5]]
+    assert [p.drafts for p in parts] == [{0: 4}, {1: 3}, {2: 2}]
+    parts = whole.by_group(lambda slot: slot // 3, 0)
+    assert [p.drafts for p in parts] == [{0: 4, 1: 3, 2: 2}, {}]
+    assert [p.prices for p in parts] == [prices, None]  # as a step that has none
 
 
 def test_a_group_has_no_rows_that_make_a_prompt_as_long_as_one_of_another() -> None:
