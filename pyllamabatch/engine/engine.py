@@ -323,7 +323,7 @@ class Engine:
         relay = self._relays.here()
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
-            await relays.submit(self._core, sink, relay)
+        await relays.submit(self._core, sink, relay)
         return sink.stream
 
     def chunks(self, stream: Stream) -> AsyncGenerator[Chunk, None]:

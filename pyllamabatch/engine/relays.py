@@ -115,9 +115,8 @@ async def generate(core: EngineCore, sinks: list[StreamSink], relay: Relay) -> l
     """What they are in the end, in their order."""
     streams = [sink.stream for sink in sinks]
     try:
-        with core.commands.keep_alive():
-            for sink in sinks:
-                await submit(core, sink, relay)
+        for sink in sinks:
+            await submit(core, sink, relay)
         for stream in streams:
             future, wake = relay.future()
             stream.add_done_callback(partial(_call, wake))

@@ -184,6 +184,26 @@ def test_errors_and_deadlines(model: Model) -> None:
     asyncio.run(run())
 
 
+def test_closing_in_the_loop_ends_waits_for_room(model: Model) -> None:
+    engine = engine_on(model, n_seq_max=1, max_waiting=1)
+
+    async def streamed(prompt: list[int]) -> None:
+        async for _ in engine.stream(prompt, greedy(500)):
+            pass
+
+    async def run() -> list[Any]:
+        tasks = [asyncio.create_task(streamed(prompt)) for prompt in PROMPTS]
+        tasks += [asyncio.create_task(engine.agenerate([one], greedy(500))) for one in PROMPTS]
+        await asyncio.sleep(0)  # each comes as far as it can
+        engine.close(wait=False)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with held(engine):
+        ends = asyncio.run(run())
+    refused = [end for end in ends if isinstance(end, EngineClosed)]
+    assert len(refused) >= len(ends) - 2  # one ran, one waited for its slot
+
+
 def test_a_loop_is_told_once_for_many_tasks() -> None:
     async def run() -> int:
         loop = asyncio.get_running_loop()
