@@ -9,10 +9,15 @@ import operator
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 class PyllamabatchError(Exception):
     """Base of every exception of this package."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by what `__init__` has made: its own arguments are not `args`."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class NotBuilt(PyllamabatchError, ImportError):

@@ -52,8 +52,8 @@ class CommandQueue:
 
     @contextmanager
     def keep_alive(self) -> Iterator[None]:
-        """The model and the stepper stay open inside. EngineClosed when they are closed. Nothing may
-        be awaited inside: `close` waits for its end, also in the event loop."""
+        """The model and the stepper stay open inside. EngineClosed when they are closed. Nothing is
+        awaited inside: `close` waits for its end, also in the event loop."""
         self._process.check()
         with self._lock:
             self._check_open()

@@ -192,7 +192,7 @@ def test_closing_in_the_loop_ends_waits_for_room(model: Model) -> None:
             pass
 
     async def run() -> list[Any]:
-        tasks = [asyncio.create_task(streamed(prompt)) for prompt in PROMPTS]
+        tasks: list[Any] = [asyncio.create_task(streamed(prompt)) for prompt in PROMPTS]
         tasks += [asyncio.create_task(engine.agenerate([one], greedy(500))) for one in PROMPTS]
         await asyncio.sleep(0)  # each comes as far as it can
         engine.close(wait=False)
