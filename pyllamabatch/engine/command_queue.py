@@ -5,7 +5,8 @@ Each command interrupts the native call that is going on, after the step that it
 
 - Leader: one thread at a time takes commands and runs steps. It is the core thread, or one that
   asks for a token while no other leads. See `stop_leading`.
-- Room: with `max_waiting` a submission waits while so many requests wait for their first slot.
+- Room: with `max_waiting` a submission waits while so many requests wait for their first slot. One
+  of more requests than that waits until no other does.
 - Draining: nothing more to compute comes in until `resume`.
 - Keep-alive: inside `keep_alive()` the model and the stepper stay open."""
 
@@ -66,15 +67,18 @@ class CommandQueue:
                 if self.closed:
                     self._work.notify()
 
-    def submit(self, command: Command, n: int, timeout: float | None = None) -> None:
+    def submit(
+        self, command: Command, n: int, timeout: float | None = None, *, anyway: bool = False
+    ) -> None:
         """`command` adds `n` requests. EngineClosed, EngineDraining, and QueueFull when there is no
-        room for all of them within `timeout` seconds (None: however long it takes)."""
+        room for all of them within `timeout` seconds (None: however long it takes). `anyway`: they
+        come in then, because they are over."""
         self._process.check()
         with self._lock:
             if self._max_waiting is not None:
                 self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
             self._check_taking()
-            if not self._has_room(n):
+            if not (anyway or self._has_room(n)):
                 raise QueueFull(f"{self._n_waiting} requests wait, max_waiting={self._max_waiting}")
             self.n_submitted += n
             self._n_waiting += n
@@ -159,10 +163,10 @@ class CommandQueue:
 
     # -- room
 
-    def has_room(self, n: int) -> bool:
-        """Whether `n` more requests can be submitted at once."""
+    def fits(self, n: int) -> bool:
+        """Whether `n` more requests are within `max_waiting`."""
         with self._lock:
-            return self._has_room(n)
+            return self._fits(n)
 
     def when_room(self, call: Command) -> bool:
         """Whether `submit` has an answer at once. If not, `call()` when that may have changed."""
@@ -296,8 +300,11 @@ class CommandQueue:
         elif wake:
             self._news.notify()
 
-    def _has_room(self, n: int) -> bool:
+    def _fits(self, n: int) -> bool:
         return self._max_waiting is None or self._n_waiting + n <= self._max_waiting
+
+    def _has_room(self, n: int) -> bool:
+        return not self._n_waiting or self._fits(n)
 
     def _tell_room(self) -> None:
         self._room.notify_all()

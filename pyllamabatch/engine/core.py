@@ -114,8 +114,15 @@ class EngineCore:
         return sink
 
     def submit(self, sinks: Sequence[StreamSink], timeout: float | None = None) -> None:
-        """All of them or none. Raises as `CommandQueue.submit`."""
-        self.commands.submit(partial(self._add, sinks), len(sinks), timeout)
+        """All of them or none. They have one deadline, and wait for room until then at most. Raises
+        as `CommandQueue.submit`."""
+        deadline = sinks[0].request.options.deadline if sinks else None
+        anyway = False
+        if deadline is not None:
+            left = min(max(0.0, deadline - perf_counter()), threading.TIMEOUT_MAX)
+            if timeout is None or left <= timeout:
+                timeout, anyway = left, True
+        self.commands.submit(partial(self._add, sinks), len(sinks), timeout, anyway=anyway)
 
     def call(self, act: Callable[[Call], None], call: Call, *, more: bool = False) -> None:
         """`act(call)`, of an interactive sequence, between two steps: it finishes the call, or

@@ -70,7 +70,7 @@ class Engine:
       "auto": where that is cheaper; see `Stepper`.
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
     - max_waiting: requests that wait for their first slot at most; None: any number. `submit` says
-      what happens to more.
+      what happens to more. More than these come in together (`submit_n`) when no other waits.
     - gather: how long a step waits for interactive sequences that are about to ask: default
       `CostWindow()`, a fixed time `Window(200e-6)`, never `Window(0)`. patience: seconds that one
       of these may be idle while others wait for its room.
@@ -271,9 +271,23 @@ class Engine:
 
         Prompts of up to 16 tokens are computed n times, and so are those of recurrent and hybrid
         models in an engine with prefix_cache=False."""
+        params = params or SamplingParams()
+        return self.submit_all([prompt], [params], n, queue_timeout=queue_timeout, **options)
+
+    def submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        n: int = 1,
+        *,
+        queue_timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Stream]:
+        """All prompts together or none: `n` samples of each, in their order. `params`: one for all,
+        or one each. Otherwise as `submit` and `submit_n`."""
         n, seconds = integer("n", n, 1, 2**16), _seconds("queue_timeout", queue_timeout)
         with self._core.commands.keep_alive():
-            sinks = self._inputs.samples(prompt, params, n, options, self)
+            sinks = self._inputs.requests(prompts, params, options, self, n)
             self._core.submit(sinks, seconds)
         return [sink.stream for sink in sinks]
 
@@ -294,7 +308,7 @@ class Engine:
         streams = [sink.stream for sink in sinks]
         try:
             with commands.keep_alive():
-                groups = [sinks] if commands.has_room(len(sinks)) else [[sink] for sink in sinks]
+                groups = [sinks] if commands.fits(len(sinks)) else [[sink] for sink in sinks]
                 for group in groups:
                     self._core.submit(group)
             return [stream.wait() for stream in streams]

@@ -53,25 +53,27 @@ class InputProcessor:
         params: SamplingParams | Sequence[SamplingParams] | None,
         options: Options,
         engine: object,
+        n: int = 1,
     ) -> list[StreamSink]:
-        """One for each prompt. Their streams keep `engine` alive."""
+        """`n` for each prompt. Their streams keep `engine` alive."""
         if isinstance(prompts, str):
             raise ArgumentError("prompts", prompts, "must be a list of prompts")
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
         return [
-            self.request(prompt, one, options, engine)
+            sink
             for prompt, one in zip(prompts, each, strict=True)
+            for sink in self._samples(prompt, one, options, engine, n)
         ]
 
-    def samples(
+    def _samples(
         self,
         prompt: Prompt,
         params: SamplingParams | None,
-        n: int,
         options: Options,
         engine: object,
+        n: int,
     ) -> list[StreamSink]:
         """`n` requests of one prompt, with seeds of their own. They start from each other."""
         params = self._params(params)
@@ -80,7 +82,7 @@ class InputProcessor:
         for i in range(1, n):
             one = params if params.seed is None else params.with_seed(params.seed + i)
             sinks.append(self.request(prompt, one, options, engine))
-        if not self._prefix_cache:
+        if n > 1 and not self._prefix_cache:
             for sink in sinks:
                 space = "samples", first.request.id
                 sink.request.options = replace(sink.request.options, space=space)

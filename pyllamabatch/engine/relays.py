@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -80,6 +81,7 @@ class Relays:
 
 async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
     """As `EngineCore.submit`, but the task waits while there is no room."""
+    deadline = sink.request.options.deadline
     while True:
         future, wake = relay.future()
         try:
@@ -88,7 +90,8 @@ async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
         except QueueFull:
             if core.commands.when_room(wake):
                 continue
-        await future
+        left = None if deadline is None else deadline - perf_counter()
+        await asyncio.wait({future}, timeout=left)
 
 
 async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:

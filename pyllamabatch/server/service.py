@@ -232,14 +232,7 @@ class Service:
             with_prompt(one, prompt) if isinstance(prompt, ChatPrompt) else one
             for one, prompt in zip(params, prompts, strict=True)
         ]
-        streams: list[Stream] = []
-        try:
-            for one, its_params in zip(tokens, params, strict=True):
-                streams += self.engine.submit_n(one, its_params, body.n, queue_timeout=0, **options)
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
+        streams = self.engine.submit_all(tokens, params, body.n, queue_timeout=0, **options)
         return Prepared(tokens, params, streams)
 
     def _bias_tokens(self, text: str) -> list[int]:

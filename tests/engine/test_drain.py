@@ -35,7 +35,7 @@ def test_what_is_open_is_finished_and_nothing_new_comes_in(model: Model) -> None
         assert {stream.wait(0).finish_reason for stream in streams} == {"length"}
         for refused in (
             lambda: engine.submit(PROMPT, greedy()),
-            lambda: engine.submit_n(PROMPT, greedy(), 2),
+            lambda: engine.submit_all([PROMPT], greedy(), 2),
             lambda: engine.generate([PROMPT], greedy()),
         ):
             with pytest.raises(EngineDraining):

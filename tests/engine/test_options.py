@@ -1,7 +1,9 @@
 """What requests may ask for beside their tokens: deadlines, room in the line, priorities."""
 
+import asyncio
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -126,15 +128,41 @@ def test_the_default_policy_goes_by_the_first_token_that_is_due(model: Model) ->
     assert gate.admitted == [soon.id, late.id, some.id]
 
 
-def test_a_full_line_refuses_or_waits(model: Model) -> None:
+WAYS: dict[str, Callable[..., Any]] = {
+    "submit": lambda engine, **options: engine.submit(PROMPT, greedy(), **options).result(60),
+    "generate": lambda engine, **options: engine.generate([PROMPT], greedy(), **options)[0],
+    "agenerate": lambda engine, **options: asyncio.run(
+        engine.agenerate([PROMPT], greedy(), **options)
+    )[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_deadline_ends_the_wait_for_room(model: Model, way: str) -> None:
+    gate = Gate()
+    with small(model, policy=gate, max_waiting=1) as engine:
+        waits = engine.submit(PROMPT, greedy())
+        result = WAYS[way](engine, timeout=0.02)
+        assert (result.finish_reason, result.tokens, result.queue_s) == ("deadline", [], None)
+        assert not waits.done
+        gate.opened = True
+        assert WAYS[way](engine, timeout=1000).tokens == waits.result(60).tokens
+        check_idle(engine)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_full_line_refuses_or_waits(model: Model, n: int) -> None:
+    """Also one that more have come into than there is room for: they came together."""
     gate = Gate()
     with small(model, policy=gate, max_waiting=2) as engine:
-        streams = [engine.submit(PROMPT, greedy()) for _ in range(2)]
+        streams = engine.submit_n(PROMPT, greedy(), n)
         with pytest.raises(QueueFull):
-            engine.submit(PROMPT, greedy(), queue_timeout=0)
+            engine.submit(PROMPT, greedy(), queue_timeout=0, timeout=1000)
         with pytest.raises(QueueFull):
             engine.submit(PROMPT, greedy(), queue_timeout=0.01)
-        assert engine.stats().submitted == 2
+        with pytest.raises(QueueFull):
+            engine.submit_all([PROMPT] * 3, greedy(), queue_timeout=0)
+        assert engine.stats().submitted == n
         late: list[Any] = []
         thread = threading.Thread(
             target=lambda: late.append(engine.submit(PROMPT, greedy()).result(60))
@@ -142,7 +170,7 @@ def test_a_full_line_refuses_or_waits(model: Model) -> None:
         thread.start()
         gate.opened = True
         thread.join()
-        assert [stream.result(60).tokens for stream in streams] == [late[0].tokens] * 2
+        assert [stream.result(60).tokens for stream in streams] == [late[0].tokens] * n
         check_idle(engine)
 
 

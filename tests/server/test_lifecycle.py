@@ -121,6 +121,8 @@ def test_limits_of_a_small_server(small: Served) -> None:
         assert response.headers.get("access-control-allow-origin") == allowed
         response = small.client.get("/v1/models", headers={"Origin": origin})
         assert response.headers.get("access-control-allow-origin") == allowed
+    # more than may wait come in together while none waits
+    assert len(small.ok(TEXT, {"prompt": [SUM] * 3, "max_tokens": 2, "n": 2})["choices"]) == 6
     # one runs, one waits, and no more
     with (
         held(small.engine) as go_on,
