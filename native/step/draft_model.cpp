@@ -3,6 +3,7 @@
 #include "llama-ext.h"
 
 #include <algorithm>
+#include <cstring>
 
 using namespace plb;
 
@@ -218,6 +219,11 @@ int32_t draft(plb_draft_model & self) {
     return code;
 }
 
+// Whether the model has all of these tokens.
+bool has_all(const plb_draft_model & self, const llama_token * begin, const llama_token * end) {
+    return std::all_of(begin, end, [&](llama_token t) { return t < self.model->views.n_vocab; });
+}
+
 // Which of these slots have drafts, and where they are now.
 int32_t look(plb_draft_model & self, const llama_seq_id * slots, int32_t n_slots) {
     self.drafting.clear();
@@ -229,8 +235,15 @@ int32_t look(plb_draft_model & self, const llama_seq_id * slots, int32_t n_slots
         self.given.n_given[seq] = 0;
         sequence & s = self.sequences[(size_t) seq];
         s.n_wanted = wanted_of(self, seq);
-        if (s.n_wanted > 0) {
+        if (s.n_wanted <= 0) {
+            continue;
+        }
+        const std::vector<llama_token> & generated = self.target->slots[seq]->generated;
+        const size_t n_seen = std::min(s.n_seen, generated.size());
+        if (has_all(self, generated.data() + n_seen, generated.data() + generated.size())) {
             self.drafting.push_back(seq);
+        } else {
+            give_up(self, seq);
         }
     }
     std::sort(self.drafting.begin(), self.drafting.end());
@@ -343,10 +356,23 @@ void plb::tell_lacks(const plb_draft_model & self) {
     }
 }
 
+int32_t plb_vocab_differs(const llama_vocab * a, const llama_vocab * b, llama_token first) {
+    if (a == nullptr || b == nullptr || llama_vocab_type(a) == LLAMA_VOCAB_TYPE_NONE ||
+        llama_vocab_type(b) == LLAMA_VOCAB_TYPE_NONE) {
+        return -1;
+    }
+    const int32_t n = std::min(llama_vocab_n_tokens(a), llama_vocab_n_tokens(b));
+    for (llama_token token = std::max(first, 0); token < n; ++token) {
+        if (std::strcmp(llama_vocab_get_text(a, token), llama_vocab_get_text(b, token)) != 0) {
+            return token;
+        }
+    }
+    return -1;
+}
+
 int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out) {
     if (model == nullptr || target == nullptr || out == nullptr || model == target || model->stream ||
-        !target->drafts || model->views.n_vocab != target->views.n_vocab ||
-        model->views.n_seq_max < target->views.n_seq_max ||
+        !target->drafts || model->views.n_seq_max < target->views.n_seq_max ||
         model->views.n_rows_max < target->views.n_seq_max) {
         return PLB_E_ARGUMENT;
     }
@@ -420,7 +446,7 @@ int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_t
         return PLB_E_NO_SLOT;
     }
     if (std::any_of(tokens, tokens + n_tokens,
-                    [&](llama_token t) { return t < 0 || t >= self->model->views.n_vocab; })) {
+                    [&](llama_token t) { return t < 0 || t >= self->target->views.n_vocab; })) {
         return PLB_E_TOKEN;
     }
     return guarded(self->model->error, [&] {
@@ -432,8 +458,8 @@ int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_t
         s.known.assign(tokens, tokens + n_tokens);
         s.n_seen   = slot->generated.size();
         s.n_agreed = std::min(s.n_agreed, n_alike(s.held, s.known));
-        s.followed = true;
-        if (self->shares) {
+        s.followed = has_all(*self, tokens, tokens + n_tokens);
+        if (self->shares && s.followed) {
             take_over(*self, seq);
         }
         tell_lacks(*self);

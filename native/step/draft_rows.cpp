@@ -54,7 +54,7 @@ int32_t draft_rows::compute() {
 
 void draft_rows::give(const plb_result & result) {
     plb_draft_model::sequence & s = self_.sequences[(size_t) result.seq];
-    if (result.token < 0) {
+    if (result.token < 0 || result.token >= self_.target->views.n_vocab) {
         s.n_wanted = 0;
         return;
     }

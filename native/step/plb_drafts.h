@@ -89,10 +89,16 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
                        const float * chance, int32_t width, int32_t even, int32_t * chosen,
                        int32_t * n_rows);
 
+/* The first token from `first` on whose text is not the same in both, of those that both have; -1:
+ * there is none. */
+int32_t plb_vocab_differs(const struct llama_vocab * a, const struct llama_vocab * b, llama_token first);
+
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
  * many sequences or more, and room for a row of each in a step. Its sequence i follows sequence i of the engine that
  * it drafts for, and its slots are what drafts need: the caller sets none. Both engines must outlive
  * it, and belong to the same thread.
+ * Either vocabulary may have more tokens at its end. One that the target lacks ends a draft; a sequence
+ * with one that this model lacks has no drafts.
  * With `mtp` it is the target's own model, loaded with load_mtp: the first of its layers that predict
  * further tokens. They start from the hidden state of the token before, of which the target's context
  * gives those of all rows then. While it is attached, they are read as the target's steps compute them;

@@ -21,9 +21,12 @@ from pyllamabatch.llama.handle import owned
 from pyllamabatch.llama.memory import copies_whole_only
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
-from pyllamabatch.llama.vocab import TokenArray, Vocab, pieces_of
+from pyllamabatch.llama.vocab import TokenArray, Vocab
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.stepper import Stepper
+
+SIZE_DIFFERS = 128  # tokens at most: llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE
+FIRST_COMPARED = 5  # llama.cpp's SPEC_VOCAB_CHECK_START_TOKEN_ID: those before are often renamed
 
 Slots = npt.NDArray[np.int32] | Sequence[int]
 
@@ -32,8 +35,8 @@ class DraftModel:
     """Drafts are the model's most likely tokens. All sequences are drafted for in the same calls of
     the model, and its memory follows what the target's steps keep.
 
-    - model: its vocabulary is the target's, or `ArgumentError` names the first difference. It stays
-      the caller's. target: has `n_draft_max`. Both belong to one thread, and the target is closed
+    - model: its vocabulary is the target's (`check_same_vocabulary`). It stays the caller's.
+      target: has `n_draft_max`. Both belong to one thread, and the target is closed
       after this.
     - n_ctx: cells for all sequences together. params: of the `Context` that it is given. With
       ctx_type="mtp" `model` is the target's own, loaded with load_mtp, and its layers that predict
@@ -45,7 +48,8 @@ class DraftModel:
     def __init__(self, model: Model, target: Stepper, *, n_ctx: int, **params: Any) -> None:
         if target.drafts is None:
             raise ArgumentError("target", target, "must be a stepper with n_draft_max of 1 or more")
-        check_same_vocabulary(model.vocab, target.model.vocab)
+        self._vocab = target.model.vocab
+        check_same_vocabulary(model.vocab, self._vocab)
         if copies_whole_only(model) and params.get("ctx_type") != "mtp":
             raise UnsupportedOperation(
                 f"{model.architecture} can't draft: it keeps a recurrent state, from which tokens "
@@ -75,7 +79,7 @@ class DraftModel:
         """The sequence in `slot` has its sampler, and knows these tokens: its prompt, and what was
         sampled. ArgumentError for a sequence without a slot, and for no tokens."""
         native, seq = self._open(), self._stepper._seq(slot, "slot")
-        ids = self._context.model.vocab.check_tokens(tokens)
+        ids = self._vocab.check_tokens(tokens)
         if not len(ids):
             raise ArgumentError("tokens", tokens, "must be at least one")
         pointer = ffi.from_buffer("llama_token[]", ids)
@@ -122,22 +126,20 @@ class DraftModel:
 
 
 def check_same_vocabulary(draft: Vocab, target: Vocab) -> None:
-    """`ArgumentError` with the first difference."""
+    """`ArgumentError` with the first difference. As for llama.cpp, one of the two may have up to
+    SIZE_DIFFERS more tokens, and those before FIRST_COMPARED may have other names. Which of them
+    begin or end a text need not agree."""
 
     def refuse(value: object, limit: str) -> ArgumentError:
         return ArgumentError("draft model", value, f"{limit}: its vocabulary must be the model's")
 
-    if draft.n_tokens != target.n_tokens:
+    if abs(draft.n_tokens - target.n_tokens) > SIZE_DIFFERS:
         raise refuse(f"{draft.n_tokens} tokens", f"the model has {target.n_tokens}")
     if draft.type != target.type:
         raise refuse(f"a tokenizer of type {draft.type}", f"the model has {target.type}")
-    tokens = list(range(draft.n_tokens))
-    pairs = zip(pieces_of(draft.ptr, tokens), pieces_of(target.ptr, tokens), strict=True)
-    for token, (mine, other) in enumerate(pairs):
-        if mine != other:
-            raise refuse(f"token {token} is {mine!r}", f"in the model it is {other!r}")
-    for name in ("bos", "eos", "eot"):
-        if getattr(draft, name) != getattr(target, name):
-            raise refuse(
-                f"{name} is {getattr(draft, name)}", f"in the model {getattr(target, name)}"
-            )
+    token = lib.plb_vocab_differs(draft.ptr, target.ptr, FIRST_COMPARED)
+    if token >= 0:
+        mine, other = (
+            text(lib.llama_vocab_get_text(vocab.ptr, token)) for vocab in (draft, target)
+        )
+        raise refuse(f"token {token} is {mine!r}", f"in the model it is {other!r}")

@@ -1,6 +1,7 @@
 """An engine with a draft model: the same answers, and the draft's memory stays in step."""
 
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from tests.support.decoding import loaded, with_mtp
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
 from tests.support.made_up_costs import Linear
+from tests.support.models_gguf import N_VOCAB, Architecture, write_gguf
 from tests.support.speculating import PROMPTS, always, engine_of
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
@@ -209,6 +211,30 @@ def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> 
     with engine_of(model, speculate=model, cost=cost) as engine:
         engine.submit(PROMPTS[0], greedy(60)).result()
         assert engine.stats().accepted_tokens > 0
+
+
+@pytest.mark.parametrize("draft_has_more", [True, False])
+def test_the_larger_vocabulary_may_be_either_one_s(
+    model: Model, tmp_path: Path, draft_has_more: bool
+) -> None:
+    """Its last tokens end a draft, and a text with one of them has no drafts."""
+    path = tmp_path / "more.gguf"
+    write_gguf(path, Architecture("llama", ("attention",) * 3, n_spare=100))
+    with Model(path) as more:
+        target, draft = (model, more) if draft_has_more else (more, model)
+        prompts = [*PROMPTS[:3], *([] if draft_has_more else [[5, N_VOCAB + 1, 6]])]
+        params = [greedy(40)] * len(prompts)
+        with engine_of(target) as engine:
+            expected = [r.tokens for r in engine.generate(prompts, params)]
+        with engine_of(target, speculate=draft, policy=always(4, 8)) as engine:
+            results = engine.generate(prompts, params)
+            assert check_idle(engine).drafted_tokens > 10
+        assert [r.tokens for r in results] == expected
+        if draft_has_more:
+            return
+        lacked = [[i for i, t in enumerate(r.tokens) if t >= N_VOCAB] for r in results]
+        assert any(first > 0 for first, *_ in filter(None, lacked[:3]))
+        assert results[3].n_drafted == 0
 
 
 def test_what_is_refused(model: Model, embedded_model: Model) -> None:
