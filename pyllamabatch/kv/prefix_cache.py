@@ -13,16 +13,10 @@ from .accounting import KvAccounting
 from .radix_tree import RadixTree, Tokens
 from .sharing import MIN_PREFIX, NO_HIT, Hit, Key, KvOperation, Sharing, key_of
 
-# In one pool every step looks over the cached cells, too. So what no sequence has started from yet
-# may take an eighth of the pool, and all that is cached half of it; the first FREE_TO_CACHE cells
-# are not worth counting.
-UNPROVEN_SHARE = 1 / 8
-CACHED_SHARE = 1 / 2
-FREE_TO_CACHE = 2048
-
-# In streams it takes a copy for something to stay cached. So many of these copies are taken to be
-# started from, as long as nothing is known; each that is, or is dropped first, counts for as much.
-REUSED = 1 / 16
+# Share of the prefixes that are taken to be asked for again, as long as nothing is known; a copy of
+# a stream is paid for at once.
+REUSED, REUSED_COPIES = 1 / 2, 1 / 16
+LEARNED = 1 / 16  # the share of a new observation
 
 
 def _free(n: int) -> float:
@@ -34,8 +28,12 @@ class PrefixCache:
     not, running sequences of one space still start from each other. `copy_share(n)`: what a copy of
     a stream takes, as a share of computing `n` positions.
 
-    In streams the sequences that run are neighbours, so that they share ubatches; what is cached is
-    copied to the `n_cached` slots behind them, where that takes less than it is likely to save.
+    To be cached has a price, as a share of computing the same tokens again. In a pool every step
+    looks over the cached cells, too (`charge`). In streams the sequences that run are neighbours,
+    so that they share ubatches, and what is cached is copied to the `n_cached` slots behind them.
+    The price is paid as long as it is below what caching is likely to save: all of it for a prefix
+    that a sequence has started from; for any other one the share of them that is asked for again.
+    Where cells or slots are short, what has least left to pay goes, and all others pay as much.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
     of sequences whose hit may have become another one, until `Admission`
@@ -59,13 +57,16 @@ class PrefixCache:
         self._apart = sharing.n_cached > 0 and not accounting.unified
         self._n_running = n_slots - sharing.n_cached if self._apart else n_slots
         self._copy_share = copy_share
-        self._reused = REUSED  # share of the copies that are started from
+        self._reused = REUSED_COPIES if self._apart else REUSED
         self._free = list(range(self._n_running))  # empty slots, a heap
         self.next_slots: list[int] = []  # where the next ones start, if they are empty
         self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
         self._trees: dict[Hashable, RadixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
-        self._cached: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
+        self._paid = 0.0  # by one that has been cached from the start on
+        self._cached: dict[int, float] = {}  # by slot: what `_paid` will be when it has paid enough
+        self._lost: OrderedDict[Key, None] = OrderedDict()  # how the last unproven ones began
+        self._n_lost = sharing.n_cached or n_slots  # of these, which may be asked for again
         self._proven: set[int] = set()  # cached slots that a sequence has started from
         self._stops: dict[int, set[int]] = {}  # by running slot: where a checkpoint is wanted
 
@@ -165,10 +166,10 @@ class PrefixCache:
         held = accounting.held(source)
         whole = n == held or not self.sharing.copy_part
         if source in self._cached:
-            self._cached.move_to_end(source)
             if source not in self._proven:
                 self._proven.add(source)
-                self._reused += REUSED * (1 - self._reused)
+                self._asked_again()
+            self._use(source)
         self.kv_operations.append(
             KvOperation("copy", slot, source, held if whole else n, whole, id)
         )
@@ -190,6 +191,10 @@ class PrefixCache:
             if n >= start + MIN_PREFIX:
                 self._stops.setdefault(slot, set()).add(n)
         self._learn(slot, tokens, space)
+        key = key_of(tokens, space)
+        if key in self._lost:
+            del self._lost[key]
+            self._asked_again()
 
     def leaves(self, slot: int, tokens: Tokens | None, *, comes_back: bool = False) -> None:
         """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
@@ -211,15 +216,15 @@ class PrefixCache:
         takes_place = self._drop_covered(tokens, space)
         place = self._out_of_the_way(slot, n, comes_back=comes_back)
         if place is None:
+            self._lose(known[0])
             self._empty(slot)
             return
         if n < self._accounting.held(place):
             self._accounting.trim(place, n)
             self.kv_operations.append(KvOperation("trim", place, n=n))
-        self._hold(place, tokens, space)
         if comes_back or takes_place:
             self._proven.add(place)
-        self._evict()
+        self._hold(place, tokens, space)
 
     def move(self, id: int, slot: int) -> int | None:
         """Sequence `id`, which runs in `slot`, goes on in the lowest empty one: where. None when
@@ -245,8 +250,6 @@ class PrefixCache:
         if not self._apart:
             return slot
         if self._copy_share(n) > (1 if comes_back else self._reused):
-            # What was learnt grows old: before long one is tried again.
-            self._reused += REUSED**2 * max(0.0, REUSED - self._reused)
             return None
         place = self._take_slot(to_cache=True)
         if place is None:
@@ -260,7 +263,12 @@ class PrefixCache:
     def _hold(self, slot: int, tokens: Tokens, space: Hashable) -> None:
         self._accounting.cache(slot)
         self._learn(slot, tokens, space)
-        self._cached[slot] = None
+        self._use(slot)
+
+    def _use(self, slot: int) -> None:
+        """What a cached slot has paid is worth it."""
+        self._cached.pop(slot, None)  # of two that are equal the older one goes first
+        self._cached[slot] = self._paid + (1 if slot in self._proven else self._reused)
 
     def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
         tree = self._trees.get(space)
@@ -290,7 +298,7 @@ class PrefixCache:
             if n < len(tokens):
                 return False
             if slot in self._cached and self._usable(slot, n) == n:
-                self._cached.move_to_end(slot)
+                self._use(slot)
                 return True
         return False
 
@@ -334,13 +342,14 @@ class PrefixCache:
     # -- making room
 
     def make_cells(self, n: int) -> None:
-        """Drop what is cached, the least recently used first, until `n` cells are empty. The
-        accounting has them: see `KvAccounting.free`."""
+        """Drop what is cached until `n` cells are empty. The accounting has them: see
+        `KvAccounting.free`."""
         accounting = self._accounting
         if not accounting.unified:
             return
         while accounting.empty < n:
-            slot = next(s for s in self._cached if accounting.unused(s, accounting.held(s)))
+            slot = next(s for s in self._by_worth() if accounting.unused(s, accounting.held(s)))
+            self._paid = max(self._paid, self._cached[slot])
             missing, alone = n - accounting.empty, accounting.alone(slot)
             # not cell by cell: every cut costs a look at all cells
             cut = max(missing, MIN_PREFIX, alone // 4)
@@ -350,23 +359,36 @@ class PrefixCache:
                 self.kv_operations.append(KvOperation("trim", slot, n=left))
                 self.changed.add(self._known[slot][0])
             else:
-                self.drop(slot)
+                self._evict(slot)
 
-    def _evict(self) -> None:
-        accounting = self._accounting
-        if not accounting.unified or accounting.cached <= FREE_TO_CACHE:
-            return
-        n_unproven = max(FREE_TO_CACHE, int(UNPROVEN_SHARE * accounting.n_cells))
-        n_cached = max(FREE_TO_CACHE, int(CACHED_SHARE * accounting.n_cells))
-        unproven = [slot for slot in self._cached if slot not in self._proven]
-        n = sum(map(accounting.alone, unproven))
-        for slot in unproven:
-            if n <= n_unproven:
-                break
-            n -= accounting.alone(slot)
-            self.drop(slot)
-        while accounting.cached > n_cached:
-            self.drop(next(iter(self._cached)))
+    def charge(self, price: float) -> None:
+        """What is cached in a pool pays `price`: by this share of computing a cell again a cell has
+        made steps longer. What has paid enough goes."""
+        self._paid += price
+        for slot in [slot for slot, most in self._cached.items() if most <= self._paid]:
+            self._evict(slot)
+
+    def _by_worth(self) -> list[int]:
+        """Cached slots, those with least left to pay first."""
+        return sorted(self._cached, key=self._cached.__getitem__)
+
+    def _evict(self, slot: int) -> None:
+        if slot not in self._proven:
+            self._lose(self._known[slot][0])
+        self.drop(slot)
+
+    # -- whether prefixes are asked for again
+
+    def _asked_again(self) -> None:
+        self._reused += LEARNED * (1 - self._reused)
+
+    def _lose(self, key: Key) -> None:
+        """A prefix that begins so is not cached, and no sequence has started from it: not yet."""
+        self._lost.pop(key, None)
+        self._lost[key] = None
+        if len(self._lost) > self._n_lost:
+            self._lost.popitem(last=False)
+            self._reused -= LEARNED * self._reused
 
     def drop(self, slot: int) -> None:
         """Empty a cached slot; fine when it is not cached."""
@@ -395,19 +417,16 @@ class PrefixCache:
         return self._free if slot < self._n_running else self._behind
 
     def _take_slot(self, besides: int = -1, *, to_cache: bool = False) -> int | None:
-        """An empty slot, or the least recently used cached one (but not `besides`), emptied; None
-        when all others are running. `to_cache`: one for a copy; those that no sequence has started
-        from go first."""
+        """An empty slot, or a cached one (but not `besides`), emptied; None when all others are
+        running. `to_cache`: one for a copy."""
         heap = self._behind if to_cache and self._apart else self._free
         if not heap:
             behind, first = heap is self._behind, self._n_running
-            found = [s for s in self._cached if s != besides and (s >= first) == behind]
+            found = [s for s in self._by_worth() if s != besides and (s >= first) == behind]
             if not found:
                 return None
-            unproven = [s for s in found if s not in self._proven] if to_cache else []
-            if unproven:
-                self._reused -= REUSED * self._reused
-            self.drop(unproven[0] if unproven else found[0])
+            self._paid = max(self._paid, self._cached[found[0]])
+            self._evict(found[0])
         wanted = [slot for slot in self.next_slots if slot in heap]
         return self._take(wanted[0]) if wanted else heapq.heappop(heap)
 

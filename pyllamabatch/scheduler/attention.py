@@ -67,6 +67,19 @@ class Attention:
         *_, n_seqs = step.shape(kv)
         return self._cost.deeper(n, kv / n_seqs, depth)
 
+    def price(self, step: Step, n: int) -> float:
+        """By how much a cached cell makes `step` longer when it is computed `n` times, as a share
+        of computing that cell again. 0 in streams, and without a cost model."""
+        cost, n_cached = self._cost, self._accounting.cached
+        if cost is None or not self._limits.unified or not n_cached:
+            return 0.0
+        n_ubatch, kv = self._limits.n_ubatch, self.cells(step, n / 2)
+        rows, prefill, _, n_seqs = step.shape(kv)
+        without = cost.predict(rows, prefill, max(0.0, kv - n_cached), n_seqs)
+        longer = (cost.predict(rows, prefill, kv, n_seqs) - without) / n_cached
+        again = cost.predict(n_ubatch, n_ubatch, kv, n_seqs) / n_ubatch
+        return n * longer / again if again else 0.0
+
     def _decoding(self, step: Step, kv: float) -> list[Shape]:
         n = len(step.decode)
         if step.n_pad:

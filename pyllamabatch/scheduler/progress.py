@@ -46,6 +46,8 @@ class Progress:
         if now is not None:
             self._idle.within = (now - sequences.now) / n
             sequences.now = now
+        if price := self._attention.price(step, n):
+            self._builder.charge(price)
         n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
         if len(step.decode):
             taken = n if drafted is None else self._drafted(step, n, drafted)

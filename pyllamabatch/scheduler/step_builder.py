@@ -148,6 +148,10 @@ class StepBuilder:
         if self.compaction.possible and not step.chunks:
             self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
 
+    def charge(self, price: float) -> None:
+        """See `PrefixCache.charge`."""
+        self._admission.cache.charge(price)
+
     def _cut_prompts(self, others: dict[int, int]) -> tuple[tuple[PromptChunk, ...], list[int]]:
         """Chunks, and the slots whose last known token is computed behind their chunk. `others`:
         by how many tokens each sequence advances; one that was not admitted after all does not."""

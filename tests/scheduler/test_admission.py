@@ -8,6 +8,7 @@ import pytest
 
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import Limits, Plan, StepView, make_policy
+from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
 UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
@@ -184,3 +185,25 @@ def test_nothing_is_cached_of_what_has_failed() -> None:
     one.step()
     one.remove(1, worth=False)
     assert one.scheduler.accounting.used == 0
+
+
+@pytest.mark.parametrize("cell_s", [0.0, 0.01])
+def test_what_is_cached_in_a_pool_goes_when_it_has_cost_half_of_computing_it(cell_s: float) -> None:
+    """A sequence that has nothing in common with it decodes beside it. Where cells cost nothing it
+    stays until they are needed."""
+    cost = Linear(row_s=1.0, cell_s=cell_s)
+    one = machine(cost=cost)
+    one.add(0, 50, 2, 2)
+    one.run()
+    one.add(1, 10, 300, 300)
+    one.next_step()
+    paid, n_ubatch = 0.0, LIMITS.n_ubatch
+    while one.scheduler.accounting.cached and not one.done[1:]:
+        if one.step() is None:
+            break
+        kv = one.scheduler.accounting.used
+        paid += cell_s / (cost.predict(n_ubatch, n_ubatch, kv, 1) / n_ubatch)
+    assert not cell_s or paid == pytest.approx(0.5, abs=0.05)
+    assert (one.generated[1] == 300) == (not cell_s)
+    one.run()
+    assert one.scheduler.counters.preemptions == 0

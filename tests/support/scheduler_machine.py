@@ -180,6 +180,7 @@ class Machine:
             self.compute(step, advance=False)
             n += 1
         self.scheduler.advance(step, n)
+        self.carry_out()
         self._end(ids)
         self.check()
         return step, n
@@ -249,6 +250,7 @@ class Machine:
         self.now += STEP_SECONDS
         if advance and step.n_rows:
             self.scheduler.advance(step)
+            self.carry_out()
         for id in sampled:
             self.generated[id] += 1
             self.tokens[id].append(next(self._fresh))
