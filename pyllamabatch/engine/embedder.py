@@ -20,6 +20,7 @@ from ..llama.vocab import TokenArray
 from ..raw import lib
 from .embedding_core import Embedding, EmbeddingCore, Vectors, ranks
 from .input_processor import Prompt
+from .process import Process
 
 POOLINGS = ("mean", "cls", "last", "rank")
 
@@ -105,8 +106,8 @@ class Embedder:
         """A vector for each text (or list of token ids), in their order: float32, (n, n_embd_out).
 
         `normalize`: to length 1. Raises ArgumentError for a text without tokens or with more than
-        `n_tokens_max`, and nothing is computed; UnsupportedOperation for a reranker; ClosedError;
-        and the `DecodeError` of a text that fails."""
+        `n_tokens_max`, and nothing is computed; UnsupportedOperation for a reranker; ClosedError,
+        also in a forked child; and what a text fails with: a `DecodeError`, MemoryError."""
         vectors = _wait(self.submit(self.tokens(texts)))
         return normalized(vectors) if normalize else vectors
 
@@ -191,6 +192,7 @@ class Embedders:
     def __init__(self, context: object) -> None:
         self._context = context
         self._made: dict[str, Embedder] = {}
+        self._process = Process()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -200,6 +202,7 @@ class Embedders:
         context = self._context
         if not isinstance(context, Context):
             raise UnsupportedOperation("a profile machine computes no vectors")
+        self._process.check()
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
@@ -216,6 +219,8 @@ class Embedders:
             return self._made[kind]
 
     def close(self) -> None:
+        if not self._process.is_here:
+            return
         with self._lock:
             self._closed = True
             for embedder in self._made.values():

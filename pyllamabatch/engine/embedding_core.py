@@ -8,11 +8,12 @@ from concurrent.futures import Future, InvalidStateError
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ClosedError, PyllamabatchError
+from ..errors import ClosedError
 from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.vocab import TokenArray
 from ..raw import lib
+from .process import Process
 
 Vectors = npt.NDArray[np.float32]
 
@@ -67,11 +68,13 @@ class EmbeddingCore:
         self._waiting: deque[Embedding] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._process = Process()
         self._thread = threading.Thread(target=self._run, name="pyllamabatch-embedder", daemon=True)
         self._thread.start()
 
     def submit(self, texts: Sequence[TokenArray]) -> Embedding:
-        """Texts of 1 to `n_batch` tokens each. ClosedError."""
+        """Texts of 1 to `n_batch` tokens each. ClosedError, also in a forked child."""
+        self._process.check()
         embedding = Embedding(texts, self._width)
         with self._changed:
             if self._closed:
@@ -84,7 +87,10 @@ class EmbeddingCore:
         return embedding
 
     def close(self) -> None:
-        """Waits for one batch at most: the one that is computed. What waits raises ClosedError."""
+        """Waits for one batch at most: the one that is computed. What waits raises ClosedError.
+        Nothing happens in a forked child."""
+        if not self._process.is_here:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -128,18 +134,19 @@ class EmbeddingCore:
     def _compute(self, taken: list[Text]) -> None:
         """A batch that fails is computed again text by text, so that a text fails for itself."""
         try:
-            self._decode(taken)
-        except PyllamabatchError as error:
+            vectors = self._decode(taken)
+        except Exception as error:
             if len(taken) == 1:
                 taken[0][0].fail(error)
                 return
             for text in taken:
                 self._compute([text])
             return
-        for seq, (embedding, i) in enumerate(taken):
-            embedding.place(i, self._context.embeddings_seq(seq))
+        for (embedding, i), vector in zip(taken, vectors, strict=True):
+            embedding.place(i, vector)
 
-    def _decode(self, taken: list[Text]) -> None:
+    def _decode(self, taken: list[Text]) -> list[Vectors]:
+        """The vector of each, valid until the next batch."""
         batch, context = self._batch, self._context
         batch.clear()
         for seq, (embedding, i) in enumerate(taken):
@@ -150,6 +157,7 @@ class EmbeddingCore:
             context.decode(batch)
         else:
             context.encode(batch)
+        return [context.embeddings_seq(seq) for seq in range(len(taken))]
 
 
 def ranks(context: Context) -> bool:

@@ -1,5 +1,5 @@
-"""The process that an engine was made in. A forked child has none of its threads, and its locks may
-be held for ever there."""
+"""The process that an engine, or an embedder, was made in. A forked child has none of its threads,
+and its locks may be held for ever there."""
 
 import os
 
@@ -22,4 +22,5 @@ class Process:
     def check(self) -> None:
         """EngineClosed in a forked child."""
         if not self.is_here:
-            raise EngineClosed("this process was forked from the engine's: make an engine in it")
+            message = "this process was forked from that of the engine or embedder: make one in it"
+            raise EngineClosed(message)

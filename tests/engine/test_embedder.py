@@ -13,8 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from pyllamabatch import Context, Embedder, Engine, Model
-from pyllamabatch.engine import embedding_core
-from pyllamabatch.engine.embedding_core import EmbeddingCore
+from pyllamabatch.engine.embedding_core import EmbeddingCore, Text, Vectors
 from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
@@ -153,19 +152,24 @@ def test_a_table_of_positions_is_the_limit(special: Callable[[str], Path]) -> No
 class Batches:
     """What an embedder computes, batch by batch, each when `go` is set."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int = -1) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fails: int = -1,
+        error: Exception | None = None,
+    ) -> None:
         self.sizes: list[int] = []
         self.go = threading.Event()
         self.begun = threading.Semaphore(0)
         decode = EmbeddingCore._decode
 
-        def noted(core: EmbeddingCore, taken: list[embedding_core.Text]) -> None:
+        def noted(core: EmbeddingCore, taken: list[Text]) -> list[Vectors]:
             self.sizes.append(len(taken))
             self.begun.release()
             assert self.go.wait(60)
             if any(embedding.texts[i][0] == fails for embedding, i in taken):
-                raise FatalDecodeError(-3, "made to fail")
-            decode(core, taken)
+                raise error or FatalDecodeError(-3)
+            return decode(core, taken)
 
         monkeypatch.setattr(EmbeddingCore, "_decode", noted)
 
@@ -187,10 +191,14 @@ def test_calls_that_wait_share_batches(
         assert sum(batches.sizes) == 1 + 120 + 10
 
 
+@pytest.mark.parametrize(
+    "error", [FatalDecodeError(-3, "made to fail"), MemoryError("made to fail")], ids=type
+)
 def test_a_text_that_fails_does_so_alone(
-    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    batches = Batches(monkeypatch, fails=77)
+    """Whatever it fails with: the thread goes on."""
+    batches = Batches(monkeypatch, fails=77, error=error)
     with Embedder(embedded_model) as embedder, ThreadPoolExecutor(3) as threads:
         first = threads.submit(embedder.embed, [[40, 41]])
         assert batches.begun.acquire(timeout=60)
@@ -199,7 +207,7 @@ def test_a_text_that_fails_does_so_alone(
         batches.go.set()
         assert len(first.result(60)) == 1
         assert len(good.future.result(60)) == 2
-        with pytest.raises(FatalDecodeError, match="made to fail"):
+        with pytest.raises(type(error), match="made to fail"):
             bad.future.result(60)
         assert len(embedder.embed([[40]])) == 1
 

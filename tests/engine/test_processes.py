@@ -55,6 +55,8 @@ stream = engine.submit("a", long)
 next(iter(stream))
 sequence = engine.sequence()
 sequence.prompt("a")
+engine.embed(["a"])
+embedder = engine._embedders.of("embed")
 child = os.fork()
 if child == 0:
     for call in (
@@ -64,6 +66,8 @@ if child == 0:
         lambda: engine.sequence().prompt("a"),
         sequence.sample,
         engine.drain,
+        lambda: engine.embed(["a"]),
+        lambda: embedder.embed(["a"]),
     ):
         try:
             call()
@@ -71,6 +75,7 @@ if child == 0:
             print(error, flush=True)
     with Engine(model, n_seq_max=1, n_ctx=256, cost=None) as own:
         print(len(own.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))[0].tokens))
+    embedder.close()
     engine.close()
     sys.exit(7)  # as any program ends: what Python holds is freed
 _, status = os.waitpid(child, 0)
@@ -96,7 +101,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), mapped())
 adapter.close(), model.close()
 print(mapped())
 """
-IN_CHILD = "this process was forked from the engine's: make an engine in it"
+IN_CHILD = "this process was forked from that of the engine or embedder: make one in it"
 
 
 def run(code: str) -> Done:
@@ -109,7 +114,7 @@ def run(code: str) -> Done:
     [
         (INTERRUPTED, ["interrupted", "3"]),
         (OPEN_STREAMS, ["leaving"]),
-        (FORKED, [*[IN_CHILD] * 6, "3", "7 3"]),
+        (FORKED, [*[IN_CHILD] * 8, "3", "7 3"]),
     ],
     ids=["Ctrl-C", "open streams", "fork"],
 )
