@@ -270,11 +270,12 @@ class EngineCore:
                 drafting.cuts = min(drafting.cuts, 1)
             step.behind &= not self.recovery.tries_again  # or whose fault it is can't be told
             self._place(step)
+            planned = perf_counter()
             if step.kv_operations and not self.kv.carry_out(step.kv_operations):
                 return
+            others = perf_counter() - planned  # seconds that are none of Python's
         if step.n_rows == 0:
             return
-        computed = 0.0
         for call in self.calls.of(step):
             try:
                 run = self._run(call)
@@ -284,9 +285,9 @@ class EngineCore:
             self._update(call, run)
             if run.code or not run.n_steps:  # the next call may go on from this one
                 return
-            computed += run.seconds
+            others += run.seconds
         if drafting is not None:
-            drafting.turned(perf_counter() - began - computed, prompts=bool(step.chunks))
+            drafting.turned(perf_counter() - began - others, prompts=bool(step.chunks))
 
     def _take_commands(self) -> None:
         """Do what other threads have asked for, and what the clock does."""

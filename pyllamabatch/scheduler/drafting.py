@@ -51,7 +51,8 @@ _ENOUGH = (
     8  # steps: so many without drafts are timed before those with drafts are compared with them
 )
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
-_LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
+_LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise,
+# and looks' or turns' time, that one look may have lost
 _LEARNED = 0.125  # the share of a new observation
 _OTHERS = 1024  # steps: see `Drafting._n_passed`
 
@@ -194,6 +195,7 @@ class Drafting:
         self._cut = False  # as the one before did
         self._n_changes = 0  # when it was planned
         self._turn: float | None = None  # seconds of Python for a step of decoding without a look
+        self._look = 0.0  # seconds that one has lost lately
 
     @property
     def due(self) -> int | None:
@@ -217,10 +219,10 @@ class Drafting:
 
     def turned(self, seconds: float, *, prompts: bool) -> None:
         """What was done for that step, which has rows of prompts or not, took so long beside the
-        step itself, a drafter's time in Python included. All of it is lost where nothing but a look
-        at drafts has ended the step before, nothing has changed, and none has joined: without a
-        drafter, what came before would have gone on. Else what it takes longer than a turn for
-        decoding does without a look."""
+        step itself and KV operations, a drafter's time in Python included. All of it is lost where
+        nothing but a look at drafts has ended the step before, nothing has changed, and none has
+        joined: without a drafter, what came before would have gone on. Else what it takes longer
+        than a turn for decoding does without a look."""
         lost = 0.0
         if self._cut and not prompts:
             lost = seconds
@@ -230,6 +232,10 @@ class Drafting:
         elif not prompts:
             known = seconds if self._turn is None else self._turn
             self._turn = known + (seconds - known) * _LEARNED
+        if lost > 0 and self._turn is not None:  # of the first one that is off, as of steps' times
+            most = _LOST_MOST * max(self._turn, self._look)
+            self._look += (lost - self._look) * _LEARNED
+            lost = min(lost, most)
         self._gained -= lost
         self.credit -= lost
 

@@ -209,6 +209,9 @@ def test_an_engine_without_credit_does_nothing_for_drafts(
 def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> None:
     cost: Any = Linear(10.0)  # rows cost nothing
     with engine_of(model, speculate=model, cost=cost) as engine:
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        drafting.credit, drafting._gained = 1.0, 2.0  # however long a turn takes here
         engine.submit(PROMPTS[0], greedy(60)).result()
         assert engine.stats().accepted_tokens > 0
 

@@ -14,7 +14,7 @@ from pyllamabatch.engine.drafters import _DRAFTERS, Draft, Mtp, Ngram, Wanted, d
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import registry
-from tests.support.engines import Checked, check_idle, greedy
+from tests.support.engines import Checked, check_idle, clock, greedy
 from tests.support.speculating import PROMPTS, always, engine_of
 
 
@@ -70,6 +70,32 @@ def test_what_comes_behind_each_step_of_a_drafter_is_lost(model: Model) -> None:
         engine.submit(PROMPTS[0], greedy(40)).result()
     assert own.n_asked > 16
     assert sum(lost) >= 16
+
+
+def test_kv_operations_are_no_time_that_a_look_at_drafts_takes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on while they are carried out alone."""
+    now, turns, n_done = 0.0, list[float](), 0
+    monkeypatch.setattr(clock, "perf_counter", lambda: now)
+    with engine_of(model, speculate="ngram", policy=always(4, 4)) as engine:
+        core: Any = engine._core
+        carry_out = core.kv.carry_out
+
+        def carried(operations: Any) -> bool:
+            nonlocal now, n_done
+            now, n_done = now + 5, n_done + 1
+            done: bool = carry_out(operations)
+            return done
+
+        core.kv.carry_out = carried
+        core.scheduler.drafting.turned = lambda seconds, *, prompts: turns.append(seconds)
+        for _ in range(2):  # the second one begins as the first one did
+            engine.submit(PROMPTS[0] * 3, greedy(20)).result()
+        check_idle(engine)
+    assert n_done
+    assert turns
+    assert max(turns) <= 0
 
 
 def wrong(answer: Any) -> Any:

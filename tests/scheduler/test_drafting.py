@@ -7,7 +7,7 @@ import pytest
 
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import KvOptions, Limits, Scheduler
-from pyllamabatch.scheduler.drafting import Drafted
+from pyllamabatch.scheduler.drafting import _LOST_MOST, Drafted, Drafting
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.step import Step
 from tests.support.made_up_costs import Linear
@@ -85,3 +85,18 @@ def test_what_a_step_waits_for_is_not_lost_by_drafts(first: str) -> None:
     assert not step.chunks
     lost = steps.lost(step, 0.05)
     assert lost == (pytest.approx(0.04, rel=0.1) if first == "nothing" else 0.0)
+
+
+def test_a_turn_that_was_disturbed_stops_no_drafts_for_long() -> None:
+    """But where looks take so long, that is lost, from the second one on."""
+    drafting = Drafting(STREAMS, 8)
+
+    def lost(seconds: float) -> float:
+        drafting.looked, before = True, drafting.credit
+        drafting.turned(seconds, prompts=False)
+        return before - drafting.credit
+
+    drafting.turned(1e-4, prompts=False)  # without a look
+    assert [lost(2e-4) for _ in range(20)] == pytest.approx([1e-4] * 20)
+    assert lost(0.5) == pytest.approx(_LOST_MOST * 1e-4)
+    assert lost(0.5) == lost(0.5) == pytest.approx(0.5, abs=1e-3)
