@@ -274,10 +274,20 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
         n_given_[(size_t) r.seq] = 0;
     }
     if (n_drafted == 0) {
+        std::for_each(rows_.begin(), rows_.end(), [&](const rows & r) { note(engine, r, 0); });
         n_each_ = 1;
         return 0;
     }
     return row;
+}
+
+// What came of what was asked for. An n-gram's record are its matches.
+void drafts::note(const plb_engine & engine, const rows & r, int32_t n_right) {
+    plb_slot & slot = *engine.slots[r.seq];
+    if (r.n_asked > 0 && !slot.history.has_room()) {
+        slot.record.note(r.n_asked, r.n_drafted, n_right);
+        usual_.note(r.n_asked, r.n_drafted, n_right);
+    }
 }
 
 // In rounds: a row of each slot that goes on, on all sampling threads.
@@ -326,11 +336,7 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
         n_accepted_[(size_t) r.seq] += r.n_taken - 1;
         engine.info.n_drafted  += r.n_drafted;
         engine.info.n_accepted += r.n_taken - 1;
-        plb_slot & slot = *engine.slots[r.seq];
-        if (r.n_asked > 0 && !slot.history.has_room()) {
-            slot.record.note(r.n_asked, r.n_drafted, r.n_taken - 1);
-            usual_.note(r.n_asked, r.n_drafted, r.n_taken - 1);
-        }
+        note(engine, r, r.n_taken - 1);
         if (r.n_taken < r.n) {
             const llama_pos end = engine.pos[r.first] + r.n_taken;
             took_back_ = llama_memory_seq_rm(memory, r.seq, end, -1) && took_back_;

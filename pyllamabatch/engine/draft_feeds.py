@@ -28,6 +28,7 @@ class Feed:
     that: there are no drafts, or the native step finds them itself."""
 
     each_step = False  # whether `fill` has to be called before each step with drafts
+    is_over = False  # there will be no drafts any more
     size = 0.0  # of a draft model, as a share of the model's
 
     def begin(self, slot: int, request: Request) -> None:
@@ -160,7 +161,7 @@ class PythonFeed(Feed):
 
     def _give_up(self) -> None:
         log.exception("the drafter %r is not asked any more", self._drafter)
-        self._drafter = None
+        self._drafter, self.each_step, self.is_over = None, False, True
 
 
 def _wanted(request: Request, n: int) -> Wanted:

@@ -96,6 +96,8 @@ class StepCalls:
         if drafts is None or drafting is None:
             return None
         self._device.feed.computed(run)
+        if self._device.feed.is_over:
+            drafting.stop()
         seconds = 0.0 if call.chunks else run.seconds
         if drafting.passes(run.n_steps, seconds, asked=bool(call.drafts)):
             return None

@@ -12,7 +12,7 @@ drafts have gained; while it is empty, steps are as if there were no drafter (`D
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -238,6 +238,10 @@ class Drafting:
             lost = min(lost, most)
         self._gained -= lost
         self.credit -= lost
+
+    def stop(self) -> None:
+        """There will be no drafts any more: nothing pays for a look at them."""
+        self.credit = -inf
 
     def move(self, source: int, slot: int) -> None:
         """The sequence in `source` goes on in `slot`."""

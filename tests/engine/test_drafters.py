@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +14,9 @@ from pyllamabatch.engine.drafters import _DRAFTERS, Draft, Mtp, Ngram, Wanted, d
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import registry
+from pyllamabatch.scheduler.drafting import Drafting
 from tests.support.engines import Checked, check_idle, clock, greedy
+from tests.support.made_up_costs import Linear
 from tests.support.speculating import PROMPTS, always, engine_of
 
 
@@ -132,6 +134,20 @@ def test_a_drafter_that_fails_is_not_asked_again(
     assert own.n_asked == 1
     assert why in caplog.text
     assert "not asked any more" in caplog.text
+
+
+def test_once_it_has_failed_nothing_looks_at_drafts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, cost = wrong(lambda wanted: []), cast(Any, Linear(10.0))  # rows cost nothing
+    with engine_of(model, speculate=own, cost=cost) as engine:
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        drafting.credit, drafting._gained = 1.0, 2.0  # however long a turn takes here
+        engine.submit(PROMPTS[0], greedy(60)).result()
+        assert own.n_asked == 1
+        monkeypatch.setattr(Drafting, "view", None)
+        assert len(engine.submit(PROMPTS[1], greedy(60)).result().tokens) == 60
 
 
 SOURCE = """

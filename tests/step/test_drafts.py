@@ -114,6 +114,18 @@ def test_right_drafts_are_all_taken_and_wrong_ones_none(stepper: Stepper) -> Non
         assert tokens_of(more, seq) == expected[seq][n : n + 6]
 
 
+def test_where_none_of_a_step_has_a_draft_that_counts(stepper: Stepper) -> None:
+    start(stepper, [greedy(50)] * 2)
+    stepper.run([0, 1], 1)  # their records begin
+    drafts = drafts_of(stepper)
+    assert drafts.found[:2].tolist() == [[1] * 4] * 2
+    drafts.n_most[0] = N_DRAFT
+    stepper.run([0, 1], 3)
+    assert drafts.found[0].tolist() == pytest.approx([0.4] * 4)
+    assert drafts.right[0].tolist() == pytest.approx([0.4 * 0.8**i for i in range(1, 5)])
+    assert drafts.found[1].tolist() == [1] * 4
+
+
 @pytest.mark.parametrize("reason", [Finish.LENGTH, Finish.STOP])
 def test_an_end_in_the_middle_of_a_draft(stepper: Stepper, reason: Finish) -> None:
     """What is drafted behind it counts for nothing."""
