@@ -114,6 +114,8 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Field of a line → field of `TraceRequest`, and how it is read."""
 
+_IN_MS = {name for name, _ in _OPTIONAL.values()} - _OPTIONAL.keys()
+
 
 def load_acceptance(path: str | PathLike[str]) -> list[float]:
     """Of each request that `pyllamabatch generate` wrote a result of (`acceptance_of`), 0 for one
@@ -169,6 +171,8 @@ class _Lines:
             for field, (name, read) in _OPTIONAL.items()
             if row.get(field) is not None
         }
+        for name in _IN_MS & row.keys():
+            raise ValueError(f"{name} is {name}_ms in a trace")
         if 0 < more.get("max_tokens", 0) < n_output:
             raise ValueError("max_tokens below output_length")
         block, ids = int(row.get("block_size", BLOCK)), row.get("hash_ids") or ()

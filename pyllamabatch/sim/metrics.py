@@ -29,9 +29,10 @@ class Outcome:
 
     preemption: seconds in the waiting queue after preemptions. longest_itl: between two of its
     tokens. prefix: tokens of its prompt that were cached at its first admission. rejected: it can
-    never fit; the other fields are meaningless then. queueing: until its first admission.
-    execution: in a slot, recomputation after a preemption included. n_drafted, n_accepted: drafted
-    tokens that were checked, and of these the right ones."""
+    never fit; the other fields are meaningless then. deadline: that has ended it, with `n_output`
+    tokens; it keeps no target, and without a token it has no TTFT. queueing: until its first
+    admission. execution: in a slot, recomputation after a preemption included. n_drafted,
+    n_accepted: drafted tokens that were checked, and of these the right ones."""
 
     id: int
     arrival: float
@@ -49,10 +50,11 @@ class Outcome:
     n_drafted: int = 0
     n_accepted: int = 0
     rejected: bool = False
+    deadline: bool = False
 
     @property
-    def ttft(self) -> float:
-        return self.first - self.arrival
+    def ttft(self) -> float | None:
+        return self.first - self.arrival if self.n_output else None
 
     @property
     def e2el(self) -> float:
@@ -73,7 +75,7 @@ class Outcome:
     def keeps(self, slo: Mapping[str, float]) -> bool:
         """Whether it keeps every target: at most so many seconds, by name."""
         has = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.longest_itl, "e2el": self.e2el}
-        return all((has[name] or 0.0) <= limit for name, limit in slo.items())
+        return not self.deadline and all((has[name] or 0.0) <= limit for name, limit in slo.items())
 
 
 def parse_slo(text: str) -> dict[str, float]:
@@ -187,7 +189,12 @@ def summarise(
     """The figures of a run by name: times in seconds, rates per second, shares from 0 to 1.
     duration: from the first arrival to the last token."""
     done = [o for o in outcomes if not o.rejected]
-    found: dict[str, float] = {"requests": len(done), "rejected": len(outcomes) - len(done)}
+    found: dict[str, float] = {
+        "requests": len(done),
+        "rejected": len(outcomes) - len(done),
+        "deadlines": sum(o.deadline for o in done),
+        "preemptions": sum(o.preemptions for o in done),
+    }
     if not done:
         return found
     duration = max(o.end for o in done) - min(o.arrival for o in done)
@@ -197,7 +204,6 @@ def summarise(
         "duration": duration,
         "requests_per_s": len(done) * per_second,
         "tokens_per_s": sum(o.n_output for o in done) * per_second,
-        "preemptions": sum(o.preemptions for o in done),
     }
     if slo:
         n_good = sum(o.keeps(slo) for o in done)

@@ -1,8 +1,8 @@
 """SimulatedReplica: a scheduler in virtual time, with a cost model in the place of the device.
 
 Its `step` does what `EngineCore.step` does: update, take requests, schedule, carry out, run. A
-native call of several steps is in flight until a sequence ends; a request that arrives ends it
-after its current step. The owner of the replica passes the time in."""
+native call of several steps is in flight until a sequence ends; a request that arrives, or a
+deadline, ends it after its current step. The owner of the replica passes the time in."""
 
 from __future__ import annotations
 
@@ -219,6 +219,11 @@ class SimulatedReplica:
             self._graphs = Graphs(spec.new_graph, switch, unified=spec.limits.unified)
 
     @property
+    def computes(self) -> bool:
+        """A call is in flight."""
+        return self._call is not None
+
+    @property
     def n_open(self) -> int:
         """Requests that have arrived and not ended."""
         return len(self._open) + len(self._arrived)
@@ -254,9 +259,11 @@ class SimulatedReplica:
         self._update()
         while not self._parts:
             self._take_requests()
+            self._end_due(now)
             step = self.scheduler.plan(now)
             if step is None:
-                self._wake = self._time_to_plan(now)
+                deadline = self.scheduler.deadlines.next
+                self._wake = min(self._time_to_plan(now), inf if deadline is None else deadline)
                 return
             self._carry_out(step, now)
         self._run(self._parts.pop(0), now)
@@ -360,6 +367,21 @@ class SimulatedReplica:
                 tokens=one if self.spec.sharing.any else None,
             )
 
+    def _end_due(self, now: float) -> None:
+        """Requests whose deadline has come end with what they have."""
+        for id in self.scheduler.deadlines.due(now):
+            one = self._open[id]
+            one.outcome.n_output -= one.left
+            one.outcome.deadline = True
+            slot = self.scheduler.slot(id)
+            if slot is not None:
+                del self._in_slot[slot]
+            elif one.outcome.preemptions:
+                one.outcome.preemption += now - one.preempted
+            else:
+                one.outcome.admitted = now + self.spec.latency
+            self._end(one, now)
+
     def _time_to_plan(self, now: float) -> float:
         """When to plan again, if no request arrives before."""
         pause = 0.0 if self.scheduler.idle else self.scheduler.hold(now)
@@ -389,7 +411,8 @@ class SimulatedReplica:
             self._parts = [step] if self.spec.limits.unified else list(step.parts())
 
     def _run(self, step: Step, now: float) -> None:
-        """Begin a call: as many steps as the plan stands for, or to the end of a sequence."""
+        """Begin a call: as many steps as the plan stands for, or to the end of a sequence, or to a
+        deadline."""
         scheduler = self.scheduler
         assert step.n_rows + step.n_fill <= scheduler.limits.n_batch
         held = self.load.n_cells - scheduler.accounting.free
@@ -408,6 +431,8 @@ class SimulatedReplica:
                 seconds = steps.seconds
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
         ends = now + self.spec.overhead + np.cumsum(seconds)
+        if scheduler.deadlines.next is not None:
+            ends = ends[: int(np.searchsorted(ends, scheduler.deadlines.next)) + 1]
         self._call = _InFlight(step, now, ends, held, steps)
         if self.recorder is not None:
             shapes = scheduler.attention.shapes(step, 1.0)

@@ -20,6 +20,7 @@ Summaries = Mapping[str, Mapping[str, float]]
 
 SHOWN = {
     "rejected": ("rejected, too long", "{:.0f}"),
+    "deadlines": ("ended by their deadline", "{:.0f}"),
     "goodput_per_s": ("goodput, requests/s", "{:.2f}"),
     "tokens_per_s": ("output tokens/s", "{:.0f}"),
     **{

@@ -1,20 +1,25 @@
 """simulate: a trace through replicas of an engine, in virtual time."""
 
+import copy
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
 from pyllamabatch.scheduler import Policy, make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.scheduler.policy import check_policy
 from pyllamabatch.scheduler.router import REPORT_SECONDS, make_router
 from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
 from pyllamabatch.sim.replica import EngineSpec, SimulatedReplica
 from pyllamabatch.sim.workload import TraceRequest
 from pyllamabatch.step.trace import Trace
+
+WAITS_MOST = 10_000
 
 
 class SimulationStuck(PyllamabatchError):
@@ -40,23 +45,24 @@ class Simulated:
 def simulate(
     requests: Iterable[TraceRequest],
     spec: EngineSpec,
-    policy: str | Callable[[], Policy] = DEFAULT,
+    policy: str | Policy | Callable[[], Policy] = DEFAULT,
     *,
     n_replicas: int = 1,
     router: str = "least-outstanding",
     n_trace: int = 0,
 ) -> Simulated:
-    """Run `requests` on `n_replicas` engines. policy: a name with options (see `make_policy`), or
-    a function that makes a policy for each replica. n_trace: how many of each replica's last steps
-    are recorded.
+    """Run `requests` on `n_replicas` engines. policy: a name with options (see `make_policy`), a
+    policy, of which each replica has a copy, or a function that makes one for each. n_trace: how
+    many of each replica's last steps are recorded.
 
     The same arguments give the same run, to the last bit. A request that can never fit is rejected;
     those after it arrive as if it had ended at once. Raises SimulationStuck when the policy leaves
-    requests waiting for ever, PlanError when it breaks a rule."""
+    requests waiting for ever, or waits WAITS_MOST times while nothing else happens, PlanError when
+    it breaks a rule."""
     if n_replicas < 1:
         raise ArgumentError("replicas", n_replicas, "at least 1")
     routing = make_router(router)
-    name = policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy))
+    name, make = _named(policy)
     outcomes: list[Outcome] = []
     followers: dict[int, list[TraceRequest]] = {}  # by the request after which they arrive
     count = itertools.count()
@@ -77,15 +83,11 @@ def simulate(
             heapq.heappush(arrivals, (request.arrival, next(count), request))
         else:
             followers.setdefault(request.after, []).append(request)
-    replicas = [
-        SimulatedReplica(
-            spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i, n_trace
-        )
-        for i in range(n_replicas)
-    ]
+    replicas = [SimulatedReplica(spec, make(), ended, i, n_trace) for i in range(n_replicas)]
+    n_waits = 0  # of policies, since something happened
     due = [inf] * n_replicas  # when each replica has its next step
     report_at = -inf  # when they are to say what routers know of them
-    while arrivals or min(due) < inf:
+    while (arrivals or min(due) < inf) and n_waits < WAITS_MOST:
         step_at, arrives_at = min(due), arrivals[0][0] if arrivals else inf
         if min(step_at, arrives_at) >= report_at:
             for replica in replicas:
@@ -100,11 +102,12 @@ def simulate(
                 size = request.n_prompt, request.n_output
                 ended(Outcome(request.id, now, *size, rejected=True))
                 continue
-            due[i] = max(now, replicas[i].next)
+            due[i], n_waits = max(now, replicas[i].next), 0
         else:
             i = due.index(step_at)
             replicas[i].step(step_at)
             due[i] = replicas[i].next
+            n_waits = 0 if replicas[i].computes or due[i] == inf else n_waits + 1
     n_left = sum(replica.n_open for replica in replicas) + sum(map(len, followers.values()))
     if n_left:
         raise SimulationStuck(f"{name} leaves {n_left} requests waiting for ever")
@@ -113,10 +116,19 @@ def simulate(
     return Simulated(name, tuple(outcomes), tuple(replica.load for replica in replicas), traces)
 
 
+def _named(policy: str | Policy | Callable[[], Policy]) -> tuple[str, Callable[[], Policy]]:
+    """Its name, and what makes one for each replica."""
+    if isinstance(policy, str):
+        return policy, partial(make_policy, policy)
+    if callable(policy):
+        return getattr(policy, "__name__", repr(policy)), policy
+    return type(policy).__name__, partial(copy.deepcopy, check_policy(policy, policy))
+
+
 def at_load(
     requests: Sequence[TraceRequest],
     spec: EngineSpec,
-    policy: str | Callable[[], Policy],
+    policy: str | Policy | Callable[[], Policy],
     load: float,
 ) -> list[TraceRequest]:
     """Their arrivals stretched to `load` times the engine's capacity: the requests a second that
@@ -125,6 +137,6 @@ def at_load(
         raise ArgumentError("load", load, "a share of the engine's capacity, 0.6 say")
     if any(request.after is not None for request in requests):
         raise ArgumentError("load", load, "arrivals of a trace without sessions")
-    at_once = [replace(request, arrival=0.0) for request in requests]
+    at_once = [replace(request, arrival=0.0, deadline=None) for request in requests]
     capacity = simulate(at_once, spec, policy).summary()["requests_per_s"]
     return at_rate(list(requests), load * capacity)

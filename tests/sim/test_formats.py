@@ -86,6 +86,7 @@ TEN = '{"timestamp": 0, "input_length": 10, "output_length": 5'
         ("a.jsonl", "{\n", "line 1"),
         ("a.jsonl", f'{TEN}, "block_size": 5, "hash_ids": [1]}}', "1 hash_ids for 10 tokens"),
         ("a.jsonl", f'{TEN}, "max_tokens": 4}}', "max_tokens"),
+        ("a.jsonl", f'{TEN}, "ttft_target": 0.3}}', "line 1: .*ttft_target is ttft_target_ms"),
         ("a.jsonl", TEN.replace("0", "-1", 1) + "}", "line 1"),
         ("a.json", '[{"conversations": 3}]', "line 1"),
         ("a.json", "nothing", "Expecting value"),

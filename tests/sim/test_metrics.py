@@ -1,5 +1,7 @@
 """Figures of many requests."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ def test_times_and_targets_of_a_request() -> None:
     assert (A.ttft, A.tpot, A.e2el) == (2.0, 1.0, 6.0)
     assert (A.queueing, A.preemption, A.execution) == (1.0, 0.5, 4.5)
     assert B.tpot is None
+    assert not replace(B, deadline=True).keeps({"e2el": 9.0})
     assert A.keeps({"ttft": 2.0, "tpot": 1.0, "itl": 3.0, "e2el": 6.0})
     for name, limit in (("ttft", 1.9), ("tpot", 0.9), ("itl", 2.9), ("e2el", 5.9)):
         assert not A.keeps({name: limit})
@@ -40,7 +43,9 @@ def test_a_summary() -> None:
         "kv_peak": 0.5, "prefix_share": 0.5, "overloaded": False,
     }  # fmt: skip
     assert {name: found[name] for name in exact} == exact
-    assert summarise([rejected], [load], {}) == {"requests": 0, "rejected": 1}
+    assert summarise([rejected], [load], {}) == {
+        "requests": 0, "rejected": 1, "deadlines": 0, "preemptions": 0,
+    }  # fmt: skip
 
 
 def test_percentiles_of_bins_are_within_their_width() -> None:

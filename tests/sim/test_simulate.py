@@ -16,6 +16,7 @@ from pyllamabatch.scheduler import (
     Policy,
     StepView,
     device_aware,
+    fair,
     fcfs,
     make_policy,
     policy_names,
@@ -59,6 +60,11 @@ def outcomes(
     """By id."""
     found = simulate(requests, machine(**options), policy).outcomes
     return sorted(found, key=lambda o: o.id)
+
+
+def ttft(outcome: Outcome) -> float:
+    assert outcome.ttft is not None
+    return outcome.ttft
 
 
 def with_pool() -> EngineSpec:
@@ -266,7 +272,7 @@ def test_a_target_brings_the_first_token_sooner(policy: Callable[[], Policy]) ->
     def first(**short: float) -> tuple[float, float, float]:
         requests = [one(1, 0.0, 2000, 5), one(2, 0.1, 50, 5, **short)]
         long, late = outcomes(requests, policy, n_batch=500)
-        return round(late.ttft, 3), round(long.ttft, 3), max(late.end, long.end)
+        return round(ttft(late), 3), round(ttft(long), 3), max(late.end, long.end)
 
     plain, long, end = first()
     aimed, delayed, last = first(ttft_target=0.6)
@@ -282,7 +288,7 @@ def test_a_flood_of_targets_does_not_hold_back_one_without_for_ever() -> None:
     late = [replace(request, ttft_target=0.5) for request in flood]
     alone = one(1000, 1.0, 50, 5)
     found = {o.id: o for o in simulate([*late, alone], machine(), device_aware).outcomes}
-    assert found[1000].ttft < 11.0
+    assert ttft(found[1000]) < 11.0
     assert max(o.end for o in found.values()) > 30.0
 
 
@@ -292,8 +298,8 @@ def test_a_long_prompt_without_a_target_leaves_those_with_one_half_of_the_rows()
     requests = [one(1000, 0.0, 30_000, 5), *soon]
     run = simulate(requests, machine(n_cells=40_000), device_aware)
     found = {o.id: o for o in run.outcomes}
-    assert max(found[request.id].ttft for request in soon) < 2.5
-    assert found[1000].ttft < 34.0
+    assert max(ttft(found[request.id]) for request in soon) < 2.5
+    assert ttft(found[1000]) < 34.0
 
 
 def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
@@ -304,13 +310,40 @@ def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
     assert run.summary()["rejected"] == 1
 
 
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("speculate", [True, False])
+def test_a_deadline_ends_what_runs_and_what_waits(unified: bool, speculate: bool) -> None:
+    """After the step that it falls into, as in a live engine; one after another arrives then."""
+    requests = [one(i, 0.0, 8, 400, deadline=0.5, acceptance=0.7) for i in range(6)]
+    later = one(9, 0.25, 8, 3, after=0, deadline=9.0)
+    run = simulate([*requests, later], machine(unified=unified, speculate=speculate), fcfs)
+    found = {o.id: o for o in run.outcomes}
+    ended = [found[i] for i in range(6)]
+    assert {o.deadline for o in ended} == {True}
+    assert len({o.end for o in ended}) == 1
+    assert 0.5 <= ended[0].end < 0.55
+    assert all(10 < o.n_output < 100 for o in ended[:4])
+    assert [(o.n_output, o.ttft, o.queueing) for o in ended[4:]] == [(0, None, ended[0].end)] * 2
+    assert (found[9].arrival, found[9].n_output, found[9].deadline) == (
+        ended[0].end + 0.25,
+        3,
+        False,
+    )
+    figures = run.summary({"e2el": 9.0})
+    assert figures["deadlines"] == 6
+    assert figures["slo_share"] == pytest.approx(1 / 7)
+    n_tokens = sum(o.n_output for o in run.outcomes)
+    assert figures["tokens_per_s"] == pytest.approx(n_tokens / figures["duration"])
+    assert run.loads[0].counters.tokens == n_tokens
+
+
 def test_a_prefix_is_computed_once() -> None:
     """Of prompts of 100 tokens in common and 20 of their own, when the first has been computed; a
     conversation goes on with its own answer, of which the token sampled last is in no cell."""
     requests = [TraceRequest(i, i, 120, 3, ((0, 100), (10 + i, 20)), 20 + i) for i in range(3)]
     run = simulate(requests, machine())
     assert [o.prefix for o in run.outcomes] == [0, 100, 100]
-    assert [round(o.ttft, 6) for o in run.outcomes] == [0.130, 0.030, 0.030]
+    assert [round(ttft(o), 6) for o in run.outcomes] == [0.130, 0.030, 0.030]
     assert run.summary()["prefix_share"] == pytest.approx(200 / 360)
     assert [o.prefix for o in outcomes(requests, prefix_cache=False)] == [0, 0, 0]
     first = TraceRequest(1, 0.0, 100, 50, ((0, 100),), 1)
@@ -453,6 +486,13 @@ class Later:
 def test_a_policy_may_wait() -> None:
     (o,) = outcomes([one(1, 0.0, 1, 1)], Later)
     assert o.admitted == 3.0
+    (o,) = outcomes([one(1, 0.0, 1, 1, deadline=1.5)], Later)
+    assert (o.end, o.n_output, o.deadline) == (1.5, 0, True)
+
+
+class Polls:
+    def plan(self, view: StepView) -> Plan:
+        return Plan(wake=view.now + 1)
 
 
 class Bad:
@@ -465,6 +505,8 @@ class Bad:
     [
         ([one(1, 0.0, 1, 1)], {"policy": Bad}, PlanError, "known-sequence"),
         ([one(1, 0.0, 1, 1)] * 2, {}, ArgumentError, "every id once"),
+        ([one(1, 0.0, 1, 1)], {"policy": Polls}, SimulationStuck, "Polls leaves 1 request"),
+        ([], {"policy": 3}, ArgumentError, "policy=3: must have plan"),
         ([], {"n_replicas": 0}, ArgumentError, "replicas"),
         ([], {"router": "random"}, ArgumentError, "router"),
         ([], {"policy": "none"}, ArgumentError, "policy"),
@@ -485,6 +527,11 @@ def test_a_policy_object_is_made_for_each_replica() -> None:
         made.append(sarathi())
         return made[-1]
 
-    run = simulate(draw("poisson:rate=9,n=20", 0), machine(), make, n_replicas=3)
+    requests = draw("poisson:rate=9,n=20", 0)
+    run = simulate(requests, machine(), make, n_replicas=3)
     assert len(made) == 3
     assert run.policy == "make"
+    for policy in (fair(), device_aware()):  # objects that have a state
+        run, again = (simulate(requests, machine(), policy, n_replicas=3) for _ in range(2))
+        assert everything(run) == everything(again)
+        assert run.policy == "ComposedPolicy"
