@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -84,13 +85,19 @@ class Registry(Generic[T]):
 
 
 def _own(source: str, attribute: str) -> Any:
-    """From a file or a module."""
-    if not source.endswith(".py"):
+    """From a file, which may import others of its folder, or a module, also of the current folder.
+    Classes of a file find it among the loaded modules by its path."""
+    path = Path(source).resolve()
+    is_file = source.endswith(".py")
+    folder = str(path.parent if is_file else Path.cwd())
+    if folder not in sys.path:  # behind what is installed
+        sys.path.append(folder)
+    if not is_file:
         return getattr(importlib.import_module(source), attribute)
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    spec = importlib.util.spec_from_file_location(str(path), path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, attribute)
 

@@ -1,5 +1,6 @@
 """Policies by name, with options as a command line gives them."""
 
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,22 @@ def test_an_entry_point_that_is_none_is_said(name: str, message: str) -> None:
         make_policy(name)
 
 
-def test_one_of_your_own_is_named_by_its_module_or_its_file(tmp_path: Path) -> None:
+def test_one_of_your_own_is_named_by_its_module_or_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from pyllamabatch.scheduler import fcfs as own\nnumber = 3\n")
+    name = f"neighbour_{tmp_path.name}"
+    tmp_path.joinpath(f"{name}.py").write_text("from pyllamabatch.scheduler import fcfs\n")
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"from {name} import fcfs as own\nnumber = 3\n@dataclass\nclass Data:\n    n: int\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert make_policy(f"{file}:own") == fcfs()
     assert make_policy(f"{file}:own:watermark=0.5") == fcfs(watermark=0.5)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert make_policy(f"{name}:fcfs") == fcfs()
     module = "pyllamabatch.scheduler.policies.slo"
     assert make_policy(f"{module}:slo: itl=2, least=3") == slo(itl=2.0, least=3)
     for spec, message in (
