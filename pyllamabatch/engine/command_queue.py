@@ -263,9 +263,10 @@ class CommandQueue:
             self._work.wait_for(lambda: self._n_users == 0)
 
     def why_closed(self) -> EngineClosed:
-        if self.error is None:
-            return EngineClosed("the engine is closed")
-        return EngineClosed(f"the engine is closed: its thread ended with {self.error!r}")
+        why = f": its thread ended with {self.error!r}" if self.error else ""
+        closed = EngineClosed(f"the engine is closed{why}")
+        closed.__cause__ = self.error
+        return closed
 
     # -- inside, with the lock held
 

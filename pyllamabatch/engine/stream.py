@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..llama.vocab import Utf8Decoder
@@ -60,7 +61,7 @@ class Stream:
         "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_computed",
         "_n_drafted", "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces",
         "_pieces_of", "_prompt_callback", "_result", "_slot", "_stopped", "_texts", "_tokens",
-        "_top", "id", "n_cached", "n_prompt", "submitted_at",
+        "_top", "_traceback", "id", "n_cached", "n_prompt", "submitted_at",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +100,7 @@ class Stream:
         self._stopped = params.max_tokens == 0  # or by a stop string
         self._n_dropped = 0  # tokens since then
         self._result: Result | None = None
+        self._traceback: TracebackType | None = None  # of its error, which each raise makes longer
         self._callbacks: list[Callable[[Stream], Any]] = []
         self._followers: tuple[Callable[[], None], ...] = ()
         self._is_waited_for = False  # by readers that are no followers
@@ -302,6 +304,8 @@ class Stream:
             self._take()
             self._leave_column()
             self._page = None
+            if error is not None:
+                self._traceback = error.__traceback__
             if self._feed.stop is not None:
                 self._n_dropped += stop is not None
                 reason, stop, error = "stop", self._feed.stop, None
@@ -487,4 +491,4 @@ class Stream:
     def _raise_error(self) -> None:
         result = self._result
         if result is not None and result.error is not None:
-            raise result.error.with_traceback(None)
+            raise result.error.with_traceback(self._traceback)

@@ -120,7 +120,7 @@ def filled(call: Callable[[Any, int], int], size: int) -> bytes:
 # -- the log --
 
 logger = logging.getLogger("pyllamabatch.llama")
-logging.getLogger("pyllamabatch").addHandler(logging.NullHandler())
+logger.addHandler(logging.NullHandler())  # silent until a program asks for it
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 

@@ -136,19 +136,27 @@ def test_the_thread_never_dies_silently(
     fault: BaseException | int | None,
     kind: type[Exception],
     says: str | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rig = Rig(LIMITS, lambda n: fault, policy, max_restarts=2)
     rig.machine.barren = True
     streams = rig.submit_all(prompts(6), greedy(10))
     rig.core.start()
     for stream in streams:
-        with pytest.raises(kind, match=says):
+        stream.wait(10)
+    for stream in streams * 3:  # each time with the lines where it came from, and no more
+        with pytest.raises(kind, match=says) as raised:
             stream.result(10)
+        places = [one.name for one in raised.traceback]
+        assert places.count("result") == 1
+        assert ("step" in places) == (kind is not EngineClosed)
     rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
     assert rig.finished == {"error": 6}
-    with pytest.raises(EngineClosed, match=r"its thread ended with"):
+    with pytest.raises(EngineClosed, match=r"its thread ended with") as closed:
         rig.submit(prompts(1)[0], greedy(10))
+    assert closed.value.__cause__ is rig.core.commands.error
+    assert "a step failed" in caplog.text
 
 
 operations = st.lists(

@@ -10,6 +10,7 @@ from pyllamabatch import Model
 from pyllamabatch.errors import ModelLoadError
 from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
+from tests.support.child import python
 from tests.support.models_gguf import gguf_path
 
 LOGGER = "pyllamabatch.llama"
@@ -29,7 +30,17 @@ def test_levels(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None
             counts.append(len(messages(caplog)))
     assert counts[0] < counts[1] < counts[2]
     assert not any("\n" in text for text in messages(caplog))
-    assert logging.getLogger("pyllamabatch").handlers  # quiet: no handler of last resort
+
+
+def test_what_a_program_that_knows_no_logging_hears() -> None:
+    """What goes wrong in an engine, and nothing of llama.cpp's."""
+    done = python(
+        "-c",
+        "import logging; from pyllamabatch.llama.runtime import logger\n"
+        "logger.error('of llama.cpp'); log = logging.getLogger('pyllamabatch.engine.core')\n"
+        "log.warning('of an engine'); log.info('more')",
+    )
+    assert done.stderr == "of an engine\n"
 
 
 def test_a_full_ring_drops_the_oldest(
