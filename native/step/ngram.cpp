@@ -61,6 +61,7 @@ ngram::ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more) {
     while (n_hashes < room) {
         n_hashes *= 2;
     }
+    n_more_ = n_more;
     tokens_.resize(room);
     before_.assign(room, -1);
     newest_.assign(n_hashes, -1);
@@ -80,9 +81,20 @@ void ngram::append(llama_token token) {
     }
 }
 
+// The oldest ones. The others are chained as if they were all.
+void ngram::forget(int32_t n) {
+    const auto end = std::copy(tokens_.begin() + n, tokens_.begin() + n_, tokens_.begin());
+    std::fill(newest_.begin(), newest_.end(), -1);
+    n_ = 0;
+    std::for_each(tokens_.begin(), end, [&](llama_token token) { append(token); });
+}
+
 void ngram::add(llama_token token, draft_record & record) {
-    if ((size_t) n_ >= tokens_.size()) {
+    if (!has_room()) {
         return;
+    }
+    if ((size_t) n_ == tokens_.size()) {
+        forget(n_more_ / 2 + 1);
     }
     append(token);
     if (n_watched_ > 0) {
@@ -128,7 +140,7 @@ int32_t ngram::find(int32_t & length) const {
 int32_t ngram::draft(int32_t n_most, llama_token * out, match & match) const {
     match  = {0, false};
     n_most = std::min(n_most, PLB_DRAFT_LIMIT + 0);
-    if (n_most < 1 || n_ < 1 || (size_t) n_ >= tokens_.size()) {
+    if (n_most < 1 || n_ < 1) {
         return 0;
     }
     const int32_t found = find(match.length);

@@ -19,7 +19,7 @@ class corpus;
 constexpr int32_t NGRAM       = 2;  // tokens that a match has at least
 constexpr int32_t NGRAM_MOST  = 32; // that are compared
 constexpr int32_t NGRAM_TRIES = 64; // positions that are looked at
-constexpr int32_t NGRAM_ROOM  = 8192; // generated tokens that are remembered: more take memory while they wait
+constexpr int32_t NGRAM_ROOM  = 8192; // tokens beside the prompt's that there is room for: more take memory while they wait
 
 uint32_t ngram_hash(const llama_token * last); // of NGRAM tokens, `last` the last one
 
@@ -52,8 +52,8 @@ public:
     ngram() = default; // without room: drafts nothing
     ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more);
 
-    // Behind its room nothing is remembered, and nothing drafted. Whether the drafts that there would have been are right
-    // goes to `record`.
+    // Where there is no room the oldest tokens are forgotten, as many as fill half of what is beside the
+    // prompt's. Whether the drafts that there would have been are right goes to `record`.
     void add(llama_token token, draft_record & record);
     // What was found: how many tokens are the same there, in a text of the corpus or in its own.
     struct match {
@@ -71,12 +71,13 @@ public:
 
 private:
     void append(llama_token token);
+    void forget(int32_t n);
     int32_t find(int32_t & length) const;
 
     std::vector<llama_token> tokens_; // [room]
     std::vector<int32_t> before_;     // [room]: the position before with the same last tokens, or -1
     std::vector<int32_t> newest_;     // by hash
-    int32_t n_ = 0;
+    int32_t n_ = 0, n_more_ = 0;
     // a draft that is compared with what comes
     llama_token watched_[PLB_DRAFT_LIMIT] = {};
     int32_t n_watched_ = 0, n_right_ = 0;

@@ -258,7 +258,6 @@ void matches_are_counted_by_their_length() {
     ngram.add(7, record); // right, behind three
     ngram.add(8, record); // right, behind four
     ngram.add(9, record); // wrong, behind five
-    ngram.add(1, record); // there is no room for it
     const plb::match_record & matches = ngram.matches(false);
     const int32_t three = plb::match_record::of(3), four = plb::match_record::of(4);
     CHECK(three < four);
@@ -268,6 +267,30 @@ void matches_are_counted_by_their_length() {
     CHECK(matches.right[plb::match_record::of(5)] == 0);
     CHECK(plb::match_record::of(100) == plb::match_record::N_LENGTHS - 1);
     CHECK(record.n == 1 && record.right[1] > 0 && record.right[2] == 0);
+}
+
+// A text that is copied goes on to be, however long it is: what it was copied from lies as far back always.
+void what_is_oldest_is_forgotten() {
+    constexpr int32_t N = 3000, ROOM = 100;
+    std::vector<llama_token> text;
+    for (int32_t i = 0; i < N; ++i) {
+        text.push_back((llama_token) ((uint32_t) i * 2654435761u >> 12));
+    }
+    plb::ngram ngram(text.data(), N, ROOM);
+    plb::draft_record record;
+    std::array<llama_token, PLB_DRAFT_LIMIT> out = {};
+    plb::ngram::match match = {};
+    const long before = n_allocations;
+    for (int32_t i = 0; i + 1 < N; ++i) {
+        ngram.add(text[(size_t) i], record);
+        CHECK(i == 0 || (ngram.draft(1, out.data(), match) == 1 && out[0] == text[(size_t) i + 1]));
+    }
+    CHECK_EQ(n_allocations, before);
+    CHECK(match.length == plb::NGRAM_MOST);
+    for (const llama_token token : {1, 2, 3, 1, 2}) {
+        ngram.add(token, record);
+    }
+    CHECK(ngram.draft(2, out.data(), match) == 2 && out[0] == 3 && out[1] == 1);
 }
 
 // What a step of a slot does: what was sampled is added, a draft found, in its own text and in the corpus,
@@ -317,6 +340,7 @@ int main() {
     texts_that_have_ended_are_drafted_from();
     a_simulation_decides_the_same();
     matches_are_counted_by_their_length();
+    what_is_oldest_is_forgotten();
     a_step_with_drafts_allocates_nothing();
     return 0;
 }

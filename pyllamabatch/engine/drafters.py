@@ -61,7 +61,8 @@ class Drafter(Protocol):
 @dataclass(frozen=True, slots=True)
 class Ngram:
     """Native: what followed the same tokens earlier in the sequence's own text. It costs next to
-    nothing, and is often right where an answer repeats its prompt.
+    nothing, and is often right where an answer repeats its prompt. In an answer of more than 8192
+    tokens it looks so far back as its prompt is long, and 4096 tokens further.
 
     - corpus: so many tokens of requests that have ended, prompts and answers, stay for that,
       too, the last ones; a longer match there wins. Some 24 bytes each. Answers stay what they
