@@ -122,6 +122,10 @@ def run(args: argparse.Namespace) -> int:
         acceptance = load_acceptance(args.acceptance) if is_file else args.acceptance
         requests = draw_acceptance(requests, acceptance, args.seed)
     speculate = any(r.acceptance is not None for r in requests)
+    if speculate and args.batch_invariant:
+        raise ArgumentError(
+            "acceptance", args.acceptance or args.trace, "none with batch_invariant"
+        )
     profile = load_profile(args.profile)
 
     def spec_of(unified: bool) -> EngineSpec:

@@ -65,6 +65,10 @@ class LoadedDraft:
 
     def context(self, n_seq_max: int) -> Beside:
         """Its context, for an engine's with so many sequences."""
+        if 0 < self.n_ctx < n_seq_max:
+            name = "Mtp.n_ctx" if self.layers < 1 else "Draft.n_ctx"
+            limit = f"must hold a token of each sequence, n_seq_max={n_seq_max}"
+            raise ArgumentError(name, self.n_ctx, limit)
         rows = max(BATCH, n_seq_max)
         params: dict[str, Any] = {"n_batch": rows, "n_ubatch": rows, "n_seq_max": n_seq_max}
         params |= {"n_outputs_max": n_seq_max, "kv_unified": True, "swa_full": True}

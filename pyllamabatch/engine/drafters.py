@@ -19,12 +19,14 @@ a step: `Ngram`, `Draft` and `Mtp`. One of your own is an object with a method `
 Whatever a drafter says, answers are the same as without: a drafted token stays where it is the one
 that is sampled."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError, integer
 from ..llama.host import PathLike
+from ..llama.limits import MAX_CTX
 from ..llama.model import Model
 from ..llama.vocab import TokenArray
 from ..scheduler.registry import Registry
@@ -85,10 +87,17 @@ class Draft:
 
     - model: a GGUF file, which is loaded beside the engine's model, or a `Model`, which stays the
       caller's. "": the draft that ships with the embedded model.
-    - n_ctx: its KV cells; 0: as many as the engine has."""
+    - n_ctx: its KV cells; 0: as many as the engine has.
+
+    ArgumentError for another kind of model, and outside of 0 to MAX_CTX."""
 
     model: Model | PathLike = ""
     n_ctx: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Model | str | os.PathLike):
+            raise ArgumentError("Draft.model", self.model, "must be a GGUF file or a Model")
+        integer("Draft.n_ctx", self.n_ctx, 0, MAX_CTX)
 
     def __str__(self) -> str:
         return f"draft:{self.model}" if self.model else "draft"
@@ -100,9 +109,12 @@ class Mtp:
     it has one; the first one of several. It drafts for all sequences in the same calls. The model
     is loaded with `Model(path, load_mtp=True)`.
 
-    - n_ctx: its KV cells; 0: as many as the engine has."""
+    - n_ctx: its KV cells; 0: as many as the engine has. ArgumentError outside of 0 to MAX_CTX."""
 
     n_ctx: int = 0
+
+    def __post_init__(self) -> None:
+        integer("Mtp.n_ctx", self.n_ctx, 0, MAX_CTX)
 
     def __str__(self) -> str:
         return "mtp"
@@ -126,7 +138,7 @@ def check_drafter(drafter: Any, given: object) -> AnyDrafter:
 
 SHIPPED: dict[str, Callable[..., AnyDrafter]] = {"ngram": Ngram, "draft": Draft, "mtp": Mtp}
 
-_DRAFTERS = Registry("drafter", GROUP, SHIPPED, check_drafter)
+_DRAFTERS = Registry("speculate", GROUP, SHIPPED, check_drafter)
 
 
 def make_drafter(spec: str) -> AnyDrafter:

@@ -21,11 +21,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Factories by name.
 
-    - kind: what they make, in errors. group: of the entry points.
+    - argument: what takes such a name, in errors. group: of the entry points.
     - shipped: the factories of this package. check: returns what was made, or raises for something
       else; it is told what was asked for."""
 
-    kind: str
+    argument: str
     group: str
     shipped: Mapping[str, Callable[..., T]]
     check: Callable[[Any, object], T]
@@ -50,17 +50,17 @@ class Registry(Generic[T]):
             load = partial(_own, *name.rsplit(":", 1))
         if load is None:
             limit = f"one of {', '.join(self.names())}, or your own: FILE.py:NAME, MODULE:NAME"
-            raise ArgumentError(self.kind, name, limit)
+            raise ArgumentError(self.argument, name, limit)
         make = self._loaded(name, load)
         parameters = inspect.signature(make, eval_str=True).parameters
         for item in rest.split(",") if rest else ():
             option, equals, text = (part.strip() for part in item.partition("="))
             if not equals:
-                raise ArgumentError(self.kind, spec, "NAME or NAME:option=value,option=value")
+                raise ArgumentError(self.argument, spec, "NAME or NAME:option=value,option=value")
             if option not in parameters:
                 known = ", ".join(parameters) or "none"
                 limit = f"no option {option!r}; options of {name}: {known}"
-                raise ArgumentError(self.kind, spec, limit)
+                raise ArgumentError(self.argument, spec, limit)
             options[option] = _value(option, text, parameters[option].annotation)
         return self.check(make(**options), spec)
 
@@ -76,10 +76,10 @@ class Registry(Generic[T]):
         try:
             make = load()
         except (ImportError, AttributeError, OSError, SyntaxError) as problem:
-            raise ArgumentError(self.kind, name, f"it can't be loaded: {problem}") from problem
+            raise ArgumentError(self.argument, name, f"it can't be loaded: {problem}") from problem
         if not callable(make):
-            limit = f"it must make a {self.kind}, and is {make!r}"
-            raise ArgumentError(self.kind, name, limit)
+            limit = f"it must be callable, and is {make!r}"
+            raise ArgumentError(self.argument, name, limit)
         loaded: Callable[..., T] = make
         return loaded
 

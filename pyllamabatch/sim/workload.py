@@ -87,7 +87,11 @@ def draw_acceptance(
         except ValueError:
             low, high = 1.0, 0.0
         if not 0 <= low <= high <= 1:
-            raise ArgumentError("acceptance", how, "a share from 0 to 1, like 0.7 or 0.3-0.9")
+            raise ArgumentError(
+                "acceptance",
+                how,
+                "a share from 0 to 1, like 0.7 or 0.3-0.9, or a file, and none has this name",
+            )
         drawn = rng.uniform(low, high, n).tolist()
     else:
         drawn = rng.choice(how, n).tolist()

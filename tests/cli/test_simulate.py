@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,26 @@ def test_what_can_not_run_leaves_the_file_of_steps_as_it_is(tmp_path: Path) -> N
     assert main([*PROFILE, *TRACE, "--steps", str(steps), "--acceptance", "2"]) == 2
     assert steps.read_text() == before
     assert main([*PROFILE, "--trace", str(steps), "--steps", str(steps)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            ["--acceptance", "/none.jsonl"],
+            "acceptance='/none.jsonl': a share from 0 to 1.*or a file",
+        ),
+        (
+            ["--acceptance", "0.7", "--batch-invariant"],
+            "acceptance='0.7': none with batch_invariant",
+        ),
+    ],
+)
+def test_what_is_wrong_with_acceptance(
+    options: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*PROFILE, *TRACE, *options]) == 2
+    assert re.search(why, capsys.readouterr().err)
 
 
 def test_splitting_policies() -> None:

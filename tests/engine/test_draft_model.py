@@ -249,6 +249,8 @@ def test_what_is_refused(model: Model, embedded_model: Model) -> None:
         engine_of(model, speculate=loaded("mamba"))
     with pytest.raises(ArgumentError, match="speculate"):
         engine_of(model, speculate=7)
+    with pytest.raises(ArgumentError, match=r"Draft\.n_ctx=1: must hold a token of each sequence"):
+        engine_of(model, speculate=Draft(model, 1))
 
 
 @LAYOUTS

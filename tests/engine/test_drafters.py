@@ -180,8 +180,18 @@ def test_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"one of draft, mtp, ngram, or your own"):
-        drafter_of("n-gram")
+    for name in ("n-gram", "off", ""):
+        with pytest.raises(
+            ArgumentError, match=rf"speculate='{name}': one of draft, mtp, ngram, or"
+        ):
+            drafter_of(name)
+    wrong_model: Any = 5
+    with pytest.raises(ArgumentError, match=r"Draft\.model=5: must be a GGUF file or a Model"):
+        Draft(wrong_model)
+    with pytest.raises(ArgumentError, match=r"Draft\.n_ctx=-5: must be in 0"):
+        Draft("", -5)
+    with pytest.raises(ArgumentError, match=r"Mtp\.n_ctx=-1: must be in 0"):
+        Mtp(-1)
     with pytest.raises(ArgumentError, match=r"speculate='draft:'.* the embedded model"):
         drafter_of("draft:")
     with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):

@@ -110,7 +110,7 @@ def test_entry_points() -> None:
     [
         ("away", r"policy='away': it can't be loaded: No module"),
         ("gone", r"policy='gone': it can't be loaded: .*no attribute"),
-        ("number", r"policy='number': it must make a policy, and is 2147"),
+        ("number", r"policy='number': it must be callable, and is 2147"),
         ("nothing", r"policy='nothing': must have plan\(view\)"),
     ],
 )
@@ -139,7 +139,7 @@ def test_one_of_your_own_is_named_by_its_module_or_its_file(
     assert make_policy(f"{module}:slo: itl=2, least=3") == slo(itl=2.0, least=3)
     for spec, message in (
         (f"{file}:away", r"mine.py:away'.*: it can't be loaded: .*no attribute 'away'"),
-        (f"{file}:number", r"it must make a policy, and is 3"),
+        (f"{file}:number", r"it must be callable, and is 3"),
         (f"{file}:own:rows=1", r"no option 'rows'; options of .*mine.py:own: watermark"),
         (f"{tmp_path}/none.py:own", r"can't be loaded: .*No such file"),
         ("no_such_module:own", r"can't be loaded: No module named 'no_such_module'"),
