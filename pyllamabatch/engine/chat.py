@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import ArgumentError, ChatParseError, unknown_keyword
-from ..llama.chat import ChatOptions, ChatPrompt, Message
+from ..llama.chat import ChatOptions, ChatPrompt, ChatTemplate, Message
 from ..llama.chat_message import ChatDelta, ChatMessage, MessageReader
 from ..step.json_schema import schema_text
 from ..step.sampling_params import SamplingParams
@@ -130,11 +130,10 @@ class Chat:
         if not isinstance(params, SamplingParams):
             raise ArgumentError("params", params, "must be SamplingParams")
         if chat.get("json_schema") is not None:
-            chat["json_schema"] = schema_text(chat["json_schema"])
-        elif params.json_schema is not None:
-            chat["json_schema"] = params.json_schema
-        vocab = self._engine.model.vocab
-        prompt = vocab.chat_template(template).render(messages, **cast("ChatOptions", chat))
+            params = replace(params, json_schema=chat["json_schema"])
+        chat["json_schema"] = params.json_schema
+        source = self._engine.model.vocab.chat_template(template)
+        prompt, _ = rendered(source, messages, cast("ChatOptions", chat))
         return prompt, with_prompt(params, prompt), cast("Options", rest)
 
 
@@ -162,6 +161,23 @@ class ChatStream:
     def cancel(self) -> bool:
         """As `Stream.cancel`."""
         return self.stream.cancel()
+
+
+def rendered(
+    template: ChatTemplate, messages: Iterable[Message], options: ChatOptions
+) -> tuple[ChatPrompt, bool]:
+    """The prompt, and whether an answer to it is all content: without tools and thoughts. A schema
+    is the whole answer's then, which is for `SamplingParams`. Raises as `ChatTemplate.render`, and
+    ArgumentError for tools that the template has no place for."""
+    tools = options.get("tools") if options.get("tool_choice") != "none" else None
+    plain = not tools and not template.supports_thinking
+    schema = None if plain else options.get("json_schema")
+    options = {**options, "json_schema": None if schema is None else schema_text(schema)}
+    prompt = template.render(messages, **options)
+    if tools and not template.capabilities["supports_tools"]:
+        limit = "the chat template has no place for tools"
+        raise ArgumentError("tools", f"{len(tools)} of them", limit)
+    return prompt, plain
 
 
 def with_prompt(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..engine.chat import end
+from ..engine.chat import end, rendered
 from ..engine.results import Result
 from ..llama.chat import ChatOptions, ChatPrompt
 from ..llama.chat_message import ChatDelta, MessageReader
-from ..step.json_schema import schema_text
 from .errors import invalid
 from .service import Service
 
@@ -47,17 +46,8 @@ def turn_of(
     if service.options.thinking is not None:
         options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)
-    wanted = options.get("tool_choice", "auto")
-    tools = options.get("tools") if wanted != "none" else None
-    if tools and not template.capabilities["supports_tools"]:
-        raise invalid("tools", f"{len(tools)} of them", "the chat template has no place for tools")
     checked = [checked_message(i, message) for i, message in enumerate(messages)]
-    if not tools and not template.supports_thinking:
-        options.pop("json_schema", None)  # the whole answer is the schema's: `SamplingParams` does
-    elif (schema := options.get("json_schema")) is not None:
-        options["json_schema"] = schema_text(schema)
-    prompt = template.render(checked, **options)
-    return Turn(prompt, plain=not tools and not template.supports_thinking)
+    return Turn(*rendered(template, checked, options))
 
 
 def checked_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -209,6 +209,16 @@ def test_a_schema_is_the_contents(engine: Engine) -> None:
         assert all(json.loads(content)["n"] in (1, 2) for content in whole)
 
 
+def test_without_thoughts_the_schema_is_the_whole_answers(engine: Engine, model: Model) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    params = replace(GREEDY, json_schema=schema)
+    alone = engine.submit(model.vocab.apply_chat_template([USER]), params).result()
+    for given in ({"params": params}, {"params": GREEDY, "json_schema": schema}):
+        answer = engine.chat([USER], **given)
+        assert answer.message.content == alone.text == answer.result.text
+        assert answer.result.tokens == alone.tokens
+
+
 @pytest.mark.parametrize(
     ("given", "params", "named"),
     [
@@ -222,6 +232,7 @@ def test_a_schema_is_the_contents(engine: Engine) -> None:
             "tools have a grammar",
         ),
         ({"json_schema": {"not": {}}}, None, "json_schema: not"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, None, "tools='1 of them': .*no place"),
         ({}, SamplingParams(preserved_tokens=[10**6]), "preserved_tokens"),
         ({}, SamplingParams(grammar=Grammar("root ::= [a]", lazy=True)), "needs a trigger"),
     ],
