@@ -39,14 +39,16 @@ def add_file(parser: argparse.ArgumentParser, model: str = MODEL, threads: int =
 
 def add_work(parser: argparse.ArgumentParser, prompt_tokens: int, tokens: int) -> None:
     """The arguments are defaults."""
-    parser.add_argument("--prompt-tokens", type=int, default=prompt_tokens, help="per sequence")
-    parser.add_argument("--tokens", type=int, default=tokens, help="timed per sequence")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=prompt_tokens, help="per sequence"
+    )
+    parser.add_argument("--tokens", type=positive, default=tokens, help="timed per sequence")
     parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
 
 
 def add_run(parser: argparse.ArgumentParser, repeats: int = 1) -> None:
     """`repeats`: the default; 1 where a bench has no repeats."""
-    parser.add_argument("--repeats", type=int, default=repeats, help="runs of each arm")
+    parser.add_argument("--repeats", type=positive, default=repeats, help="runs of each arm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a small form: about a minute")
     parser.add_argument(
@@ -82,6 +84,12 @@ def numbers(words: str) -> list[int]:
     if min(values) < 1:
         raise SystemExit(f"{words}: numbers of 1 or more, comma separated")
     return values
+
+
+def positive(word: str) -> int:
+    """A number as `numbers` has them."""
+    (value,) = numbers(word)
+    return value
 
 
 class Named(Protocol):

@@ -52,6 +52,8 @@ def main(options: argparse.Namespace) -> int:
     words = [word for i, word in enumerate(options.words) if i > 0 or word != "--"]
     if not words:
         raise SystemExit("pair: name a bench and its arguments behind --")
+    if options.rounds < 1:
+        raise SystemExit(f"pair: --rounds {options.rounds}: at least 1")
     checkouts = {BEFORE: options.before.resolve(), AFTER: options.after.resolve()}
     for checkout in checkouts.values():
         check(checkout)
@@ -87,6 +89,8 @@ def run(checkout: Path, words: Sequence[str], out: Path) -> None:
 def check(checkout: Path) -> None:
     """Raises SystemExit where Python would import another package than the checkout's: an
     installed one, or none that is built."""
+    if not checkout.is_dir():
+        raise SystemExit(f"{checkout}: no such folder")
     done = child(checkout, "import pyllamabatch.raw as raw; print(raw.__file__)")
     if not done.stdout.startswith(f"{checkout}{os.sep}"):
         raise SystemExit(f"{checkout}: imports {done.stdout.strip() or done.stderr[-2000:]}")

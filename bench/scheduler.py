@@ -113,6 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    names = options.policies.split(",")
+    for name in names:
+        make_policy(name)  # ArgumentError for one that there is not
     arms = [
         Arm(
             f"{name}: {scenario}",
@@ -120,7 +123,7 @@ def main(options: argparse.Namespace) -> int:
             partial(timed, name, scenario, options.least),
             sampling=False,
         )
-        for name in options.policies.split(",")
+        for name in names
         for scenario, what in SCENARIOS.items()
     ]
     cases = [

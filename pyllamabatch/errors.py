@@ -248,7 +248,8 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 def unknown_keyword(name: str, value: object, known: Iterable[str]) -> ArgumentError:
     """The error for a keyword that does not exist: it names the nearest right one."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    longer = [one for one in known if len(name) > 2 and one.startswith(name)]
+    near = sorted(longer, key=len) or get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return ArgumentError(name, value, f"no such parameter; {hint}")
 

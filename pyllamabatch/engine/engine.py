@@ -161,7 +161,11 @@ class Engine:
             batch_invariant=batch_invariant,
             speculate=speculate,
         )
-        context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
+        context_params |= {
+            "n_ctx": integer("n_ctx", n_ctx, 0, 2**31),
+            "n_batch": n_batch,
+            "n_ubatch": n_ubatch,
+        }
         context_params["kv_unified"] = kv_unified
         parts = assemble(model, options, context_params, machine)
         context = parts.context

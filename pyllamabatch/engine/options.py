@@ -123,6 +123,10 @@ class EngineOptions:
             why = 'None with batch_invariant="nearly": steps with drafts have other numbers of rows'
             raise ArgumentError("speculate", self.speculate, why)
         self.drafter = None if self.speculate == "auto" else drafter_of(self.speculate)
+        if not (self.gather is None or callable(self.gather)):
+            raise ArgumentError("gather", self.gather, "as Window(200e-6) or CostWindow()")
+        if self.cost not in (None, "auto") and not hasattr(self.cost, "predict"):
+            raise ArgumentError("cost", self.cost, 'a CostModel, None or "auto"')
         if self.max_waiting is not None:
             self.max_waiting = integer("max_waiting", self.max_waiting, 1, 2**31)
 

@@ -12,6 +12,7 @@ from pyllamabatch.errors import ArgumentError, NotEnoughMemory, PyllamabatchErro
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.params import CACHE_TYPES
 from pyllamabatch.llama.tensors import tensors
 from pyllamabatch.raw import ffi, lib
 
@@ -65,9 +66,8 @@ def _check_mtp(model: Model) -> None:
 
 
 def _check_cache_type(name: str, ggml_type: int, width: int) -> None:
-    kinds = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
-    if ggml_type not in {getattr(lib, f"GGML_TYPE_{kind}") for kind in kinds}:
-        raise ArgumentError(name, ggml_type, f"a cache can be {', '.join(kinds).lower()}")
+    if ggml_type not in {getattr(lib, f"GGML_TYPE_{kind.upper()}") for kind in CACHE_TYPES}:
+        raise ArgumentError(name, ggml_type, f"a cache can be {', '.join(CACHE_TYPES)}")
     block = int(lib.ggml_blck_size(ggml_type))
     if width % block:
         raise ArgumentError(name, ggml_type, f"its block of {block} does not divide {width} (head)")

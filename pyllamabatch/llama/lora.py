@@ -85,6 +85,8 @@ class Loras:
         for name, adapter in adapters.items():
             if not isinstance(name, str) or not name:
                 raise ArgumentError("loras", name, "a name must be text")
+            if not isinstance(adapter, LoraAdapter):
+                raise ArgumentError(f"loras[{name!r}]", adapter, "must be LoraAdapter(model, path)")
             if adapter.model is not model:
                 raise ArgumentError("loras", name, "was loaded for another model")
         self._set_loras = set_loras

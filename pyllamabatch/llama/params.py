@@ -22,6 +22,7 @@ from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
 
 KvOverride = bool | int | float | str
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 Progress = Callable[[float], bool | None]
 
 
@@ -74,6 +75,8 @@ def _enum(name: str, value: object, ctype: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value in numbers.values():
         return int(value)
     words = {key[len(prefix) :].lower(): n for key, n in numbers.items()}
+    if ctype.cname == "enum ggml_type":
+        words = {word: words[word] for word in CACHE_TYPES}
     return words[choice(name, value.lower() if isinstance(value, str) else value, words)]
 
 

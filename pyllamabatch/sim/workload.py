@@ -50,9 +50,10 @@ class TraceRequest:
         return np.repeat(pieces[:, 0], pieces[:, 1])
 
 
-def draw_lengths(text: str, rng: np.random.Generator, n: int) -> list[int]:
+def draw_lengths(text: str, rng: np.random.Generator, n: int, name: str = "length") -> list[int]:
     """n numbers of tokens. "512": all the same; "100-1000": uniform; "512~0.8": log-normal around
-    this median, with that standard deviation of the logarithm. ArgumentError for anything else."""
+    this median, with that standard deviation of the logarithm. ArgumentError for anything else,
+    by this name."""
     a, b, spread = 0, 0, 0.0
     try:
         if "~" in text:
@@ -64,7 +65,7 @@ def draw_lengths(text: str, rng: np.random.Generator, n: int) -> list[int]:
     except ValueError:
         pass
     if a < 1 or not 0 <= spread < 10 or (not spread and b < a):
-        raise ArgumentError("length", text, "like 512, 100-1000 or 512~0.8 (log-normal)")
+        raise ArgumentError(name, text, "like 512, 100-1000 or 512~0.8 (log-normal)")
     if spread:
         lengths = np.rint(np.exp(rng.normal(np.log(a), spread, n)))
         drawn = np.clip(lengths, 1, 2**30).astype(np.int64)
@@ -151,8 +152,8 @@ class DrawnWorkload:
     def draw(self, seed: int) -> list[TraceRequest]:
         rng = np.random.default_rng(seed)
         arrivals, after = self.arrivals(rng)
-        n_prompts = draw_lengths(self.prompt, rng, self.n)
-        n_outputs = draw_lengths(self.output, rng, self.n)
+        n_prompts = draw_lengths(self.prompt, rng, self.n, "prompt")
+        n_outputs = draw_lengths(self.output, rng, self.n, "output")
         begins = rng.integers(0, self.prefixes, self.n).tolist() if self.prefix else [0] * self.n
         found = []
         for i, (begin, n_prompt) in enumerate(zip(begins, n_prompts, strict=True)):

@@ -239,6 +239,8 @@ class Stepper:
     def new_slot(self, params: SamplingParams, prompt: TokenArray) -> DetachedSlot:
         """`make_slot` for tokens that were checked: contiguous int32."""
         engine, _ = self._open()
+        if params.logprobs is not None:
+            integer("logprobs", params.logprobs, 0, self.n_logprobs_max)
         struct, keep = sampling_struct(params, self._path)
         out, why = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(

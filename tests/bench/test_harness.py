@@ -176,6 +176,13 @@ def test_numbers() -> None:
     for words in ("", "1,x", "0", "2,-1"):
         with pytest.raises(SystemExit, match="1 or more"):
             numbers(words)
+    with pytest.raises(SystemExit, match="1 or more"):
+        main(["decode", "--tokens", "0"])
+
+
+def test_a_policy_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scheduler", "--quick", "--policies", "nope"]) == 1
+    assert "policy='nope': one of" in capsys.readouterr().err
 
 
 def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

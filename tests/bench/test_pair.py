@@ -50,6 +50,12 @@ def test_the_order_changes_with_every_round(
     assert main([*words, "--at-least", "1.6", "--", "decode", "10"]) == 1
     with pytest.raises(SystemExit, match="no result"):
         main([*words, "--", "decode", "ten"])
+    for wrong, says in (
+        (["--before", str(tmp_path / "none")], "none: no such folder"),
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            main([*words, *wrong, "--", "decode", "10"])
     (new / PACKAGE / "raw.py").unlink()
     with pytest.raises(SystemExit, match="new: imports Traceback"):
         main([*words, "--", "decode", "10"])

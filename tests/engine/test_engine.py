@@ -136,7 +136,7 @@ def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:
         (PROMPT, greedy(grammar="root ::= ("), GrammarError, "line 1"),
         (PROMPT, greedy(stop_token_ids=(N_VOCAB,)), ArgumentError, "stop token"),
         (PROMPT, greedy(logit_bias={N_VOCAB: 1.0}), ArgumentError, "logit_bias"),
-        (PROMPT, greedy(logprobs=21), ArgumentError, "n_logprobs_max"),
+        (PROMPT, greedy(logprobs=21), ArgumentError, r"logprobs=21: must be in 0\.\.20"),
         (PROMPT, {"temperature": 0}, ArgumentError, "must be SamplingParams"),
     ],
     ids=lambda value: str(value)[:24],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, unknown_keyword
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -40,6 +40,26 @@ def test_what_submit_refuses(engine: Engine, prompt: Any, options: Any, says: st
     with pytest.raises(ArgumentError, match=says):
         engine.submit(prompt, GREEDY, **options)
     assert engine.stats().running == engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"gather": 0.1}, r"gather=0.1: as Window"),
+        ({"cost": "x"}, r"cost='x': a CostModel"),
+        ({"loras": {"a": "x.gguf"}}, r"loras\['a'\]='x.gguf': must be LoraAdapter"),
+        ({"n_ctx": 10**12}, r"n_ctx=1000000000000: must be in 0"),
+        ({"type_k": "q4_k"}, r"type_k='q4_k': must be one of f32, .*iq4_nl"),
+    ],
+)
+def test_what_an_engine_refuses(engine: Engine, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        Engine(engine.model, **{"n_ctx": 256, "n_threads": 1, **options})
+
+
+def test_a_name_that_was_cut_short() -> None:
+    error = unknown_keyword("temp", 0, ["stream", "temperature"])
+    assert "did you mean temperature?" in str(error)
 
 
 def test_a_chat_in_place_of_prompts(engine: Engine) -> None:

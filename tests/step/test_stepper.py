@@ -175,7 +175,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(
 def test_more_log_probabilities_than_the_stepper_has_room_for(context: Context) -> None:
     with Stepper(context, n_logprobs_max=3) as stepper:
         stepper.set_slot(0, SamplingParams(logprobs=3))
-        with pytest.raises(ArgumentError, match="n_logprobs"):
+        with pytest.raises(ArgumentError, match=r"logprobs=4: must be in 0\.\.3"):
             stepper.set_slot(0, SamplingParams(logprobs=4))
     with Stepper(context, n_logprobs_max=0) as stepper:
         tokens, _ = alone(stepper, SamplingParams(max_tokens=3, logprobs=0, seed=1))
