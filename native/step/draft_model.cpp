@@ -29,19 +29,6 @@ void forget(plb_draft_model & self, llama_seq_id seq) {
     s.n_agreed = 0;
 }
 
-// Everything that no sequence of this call needs; whether there was anything.
-bool forget_others(plb_draft_model & self) {
-    bool any = false;
-    for (llama_seq_id seq = 0; seq < (llama_seq_id) self.sequences.size(); ++seq) {
-        const bool needed = std::binary_search(self.drafting.begin(), self.drafting.end(), seq);
-        if (!needed && !self.sequences[(size_t) seq].held.empty()) {
-            forget(self, seq);
-            any = true;
-        }
-    }
-    return any;
-}
-
 // No drafts for it, until it begins again.
 void give_up(plb_draft_model & self, llama_seq_id seq) {
     self.sequences[(size_t) seq].followed = false;
@@ -277,11 +264,22 @@ int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_
         if (code != NO_CELLS) {
             return code;
         }
-        if (!forget_others(self)) {
-            result = code;
-            if (!give_up_longest(self)) {
-                return result;
-            }
+        result = code;
+        if (!give_up_longest(self)) {
+            return result;
+        }
+    }
+}
+
+// The sequences of these rows of the target that are drafted for.
+void see(plb_draft_model & self, int32_t n_rows) {
+    self.drafting.clear();
+    for (int32_t i = 0; i < n_rows; ++i) {
+        const llama_seq_id seq = self.target->seq[(size_t) i];
+        const auto at = std::lower_bound(self.drafting.begin(), self.drafting.end(), seq);
+        const bool there = at != self.drafting.end() && *at == seq;
+        if (!there && self.sequences[(size_t) seq].followed && self.target->slots[seq] != nullptr) {
+            self.drafting.insert(at, seq);
         }
     }
 }
@@ -293,7 +291,6 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
     const plb_engine & target = *self.target;
     const float * states = llama_get_embeddings_nextn(target.ctx);
     draft_rows rows(self);
-    self.drafting.clear();
     for (int32_t i = 0; i < n_rows && states != nullptr; ++i) {
         const llama_seq_id seq = target.seq[(size_t) i];
         sequence & s = self.sequences[(size_t) seq];
@@ -302,9 +299,6 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
         }
         if (drafted && target.pos[(size_t) i] >= target.slots[seq]->next_pos) {
             continue; // a rejected token's, or a row that only fills the graph
-        }
-        if (self.drafting.empty() || self.drafting.back() != seq) {
-            self.drafting.push_back(seq);
         }
         const auto pos = (size_t) target.pos[(size_t) i];
         const size_t n_read = std::min(s.n_agreed, s.held.size()), begin = s.states.begin();
@@ -326,24 +320,42 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
 
 } // namespace
 
+bool plb::forget_others(plb_draft_model & self) {
+    bool any = false;
+    for (llama_seq_id seq = 0; seq < (llama_seq_id) self.sequences.size(); ++seq) {
+        const bool needed = std::binary_search(self.drafting.begin(), self.drafting.end(), seq);
+        if (!needed && !self.sequences[(size_t) seq].held.empty()) {
+            forget(self, seq);
+            any = true;
+        }
+    }
+    return any;
+}
+
 int32_t plb::watch(plb_draft_model & self, int32_t n_rows, bool drafted) {
     if (self.n_hidden == 0) {
         return PLB_OK;
     }
-    int32_t code = PLB_OK;
-    const int32_t threw = guarded(self.model->error, [&] { code = take_states(self, n_rows, drafted); });
-    code = threw != PLB_OK ? threw : code;
-    std::sort(self.drafting.begin(), self.drafting.end());
-    if (code == NO_CELLS) {
-        if (!forget_others(self)) {
-            give_up_longest(self);
+    for (int32_t result = PLB_OK;;) {
+        see(self, n_rows);
+        int32_t code = PLB_OK;
+        const int32_t threw =
+            guarded(self.model->error, [&] { code = take_states(self, n_rows, drafted); });
+        code = threw != PLB_OK ? threw : code;
+        if (code == PLB_OK) {
+            return result;
         }
-    } else if (code != PLB_OK) {
-        for (const llama_seq_id seq : self.drafting) {
-            give_up(self, seq);
+        if (code != NO_CELLS) {
+            for (const llama_seq_id seq : self.drafting) {
+                give_up(self, seq);
+            }
+            return code;
+        }
+        result = code;
+        if (!give_up_longest(self)) {
+            return result;
         }
     }
-    return code;
 }
 
 void plb::tell_lacks(const plb_draft_model & self) {

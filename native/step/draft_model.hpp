@@ -37,6 +37,9 @@ namespace plb {
 // computes what there is no room for. Returns 0 or a code as plb_draft_model_draft.
 int32_t watch(plb_draft_model & self, int32_t n_rows, bool drafted);
 
+// Of the memory everything that no sequence of this call needs; whether there was anything.
+bool forget_others(plb_draft_model & self);
+
 // To the target's `n_lacks`.
 void tell_lacks(const plb_draft_model & self);
 

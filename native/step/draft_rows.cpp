@@ -37,7 +37,10 @@ int32_t draft_rows::compute() {
         return PLB_OK;
     }
     plb_engine & model = *self_.model;
-    const int32_t code = plb_step(&model, n_);
+    int32_t code = plb_step(&model, n_);
+    if (code == NO_CELLS && forget_others(self_)) {
+        code = plb_step(&model, n_);
+    }
     for (int32_t i = 0; code == NO_CELLS && i < n_; ++i) { // none was computed
         const llama_seq_id seq = model.seq[(size_t) i];
         plb_draft_model::sequence & s = self_.sequences[(size_t) seq];

@@ -12,7 +12,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import with_mtp, write
+from tests.support.decoding import recurrent_with_mtp, with_mtp, write
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.made_up_costs import Linear
 from tests.support.models_special import mimo2_path, write_mimo2
@@ -45,6 +45,19 @@ def test_prompts_in_chunks_and_from_the_prefix_cache_are_drafted_behind(kv_unifi
         assert checked.n_steps == stats.steps < 2 * 0.8 * plain.steps
     assert shares[0] > 0.2
     assert shares[1] > 0.7 * shares[0]
+
+
+def test_what_has_ended_makes_room(caplog: pytest.LogCaptureFixture) -> None:
+    """Cells of requests that are over are given to those that run, and none lacks any."""
+    prompts, size = [prompt * 4 for prompt in PROMPTS], {"n_ctx": 300, "kv_unified": True}
+    model = recurrent_with_mtp()
+    with engine_of(model, **size) as engine:
+        expected = [r.tokens for r in engine.generate(prompts, greedy(40))]
+    with engine_of(model, speculate="mtp", policy=always(4, 8), **size) as engine:
+        assert [r.tokens for r in engine.generate(prompts, greedy(40))] == expected
+        stats = check_idle(engine)
+        assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
+    assert "without drafts" not in caplog.text
 
 
 def test_of_several_layers_the_first_one_drafts(tmp_path: Path) -> None:
