@@ -33,7 +33,8 @@ class PrefixCache:
     so that they share ubatches, and what is cached is copied to the `n_cached` slots behind them.
     The price is paid as long as it is below what caching is likely to save: all of it for a prefix
     that a sequence has started from; for any other one the share of them that is asked for again.
-    Where cells or slots are short, what has least left to pay goes, and all others pay as much.
+    Where cells or slots of a pool are short, what has least left to pay goes, and all others pay as
+    much.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
     of sequences whose hit may have become another one, until `Admission`
@@ -369,8 +370,11 @@ class PrefixCache:
             self._evict(slot)
 
     def _by_worth(self) -> list[int]:
-        """Cached slots, those with least left to pay first."""
-        return sorted(self._cached, key=self._cached.__getitem__)
+        """Cached slots. In a pool those with least left to pay come first; in streams, which have
+        paid, those that no sequence has started from, the least recently used first."""
+        unified = self._accounting.unified
+        key = self._cached.__getitem__ if unified else self._proven.__contains__
+        return sorted(self._cached, key=key)
 
     def _evict(self, slot: int) -> None:
         if slot not in self._proven:
