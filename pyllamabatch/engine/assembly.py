@@ -91,8 +91,8 @@ def _parts(
     cells = min(max(layout.n_ctx, layout.pool), context.n_ctx)
     feed = feed_of(options.drafter, draft, stepper, cells, context.params)
 
-    def renewed() -> None:
-        scheduler.set_cost(make_cost(context, options))
+    def renewed(seconds: float) -> None:
+        scheduler.renewed(make_cost(context, options), seconds)
 
     def close() -> None:
         feed.close()

@@ -39,8 +39,8 @@ class KvExecutor:
         for operation in operations:
             if operation.id in failed and operation.kind in ("copy", "trim", "load"):
                 continue
-            if operation.kind == "pool":
-                self._become_pool(operation.n)
+            if operation.kind in ("pool", "streams"):
+                self._become(operation.kind, operation.n)
                 continue
             try:
                 self._carry_out(operation)
@@ -73,11 +73,15 @@ class KvExecutor:
             case "discard":
                 self.space.drop(id)
 
-    def _become_pool(self, n_cells: int) -> None:
+    def _become(self, kind: str, n_cells: int) -> None:
         """ContextCreateError when there is no such context, and the old one is gone."""
-        log.info("a sequence needs more cells than a stream has: a pool of %d from now on", n_cells)
-        self._states.renew(n_cells)
-        self._renewed()
+        why = "a sequence needs more cells than a stream has"
+        if kind == "streams":
+            why = "no sequence needs more cells than a stream has any more"
+        log.info("%s: a %s of %d cells from now on", why, kind, n_cells)
+        began = perf_counter()
+        self._states.renew(n_cells if kind == "pool" else 0)
+        self._renewed(perf_counter() - began)
 
     def _save(self, request: Request, slot: int, n: int) -> None:
         began = perf_counter()

@@ -80,13 +80,13 @@ class KvMemory(Protocol):
 
 class StateStore(Protocol):
     """Copies a sequence's cells to bytes and back; `renew` replaces a broken context, or one whose
-    streams are to be a pool of so many cells. `shrink`: by one with few cells, for as long as there
-    is no sequence; False where that gives no memory back. `grow`: by one with all of them again, or
-    why they can't be had: it has few then, as before."""
+    streams are to be a pool of so many cells, or streams again with 0. `shrink`: by one with few
+    cells, for as long as there is no sequence; False where that gives no memory back. `grow`: by
+    one with all of them again, or why they can't be had: it has few then, as before."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
-    def renew(self, pool: int = 0) -> None: ...
+    def renew(self, pool: int | None = None) -> None: ...
     def shrink(self) -> bool: ...
     def grow(self) -> ContextCreateError | None: ...
 
@@ -144,15 +144,16 @@ class Adapters(Protocol):
 @dataclass(frozen=True, slots=True)
 class Device:
     """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it. `renewed`: is told
-    when streams have become a pool. `asynchronous`: a call that samples nothing returns before its
-    rows are computed. `feed`: where drafts come from. `threads`: how many of the CPU's compute."""
+    when streams have become a pool, or a pool streams, and how many seconds that took.
+    `asynchronous`: a call that samples nothing returns before its rows are computed. `feed`: where
+    drafts come from. `threads`: how many of the CPU's compute."""
 
     stepper: Any
     memory: KvMemory
     states: StateStore
     loras: Adapters
     close: Callable[[], None]
-    renewed: Callable[[], None] = lambda: None
+    renewed: Callable[[float], None] = lambda seconds: None
     asynchronous: bool = False
     feed: Feed = field(default_factory=Feed)
     threads: ThreadWatch | None = None

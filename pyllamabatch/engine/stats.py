@@ -9,6 +9,7 @@ from .core import EngineCore
 
 AS_COUNTED = (
     *("prefill_rows", "recomputed_rows", "admissions", "preemptions", "known_tokens"),
+    "layout_changes",
     *("prefix_tokens", "drafts", "drafted_tokens", "accepted_tokens"),
 )
 """Fields that are those of the scheduler's `Counters`."""
@@ -30,6 +31,7 @@ class EngineStats:
     `swapped_tokens` in a saved state.
     `graphs_reused`: compute graphs that did not have to be rebuilt, counted by libllama when a
     native call returns. Steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
+    `layout_changes`: how often streams of cells have become a pool, or a pool streams again.
     `drafts` with `drafted_tokens` were checked in rows of their own, which are among `decode_rows`,
     and `accepted_tokens` of these were right, `accepted_at[i]` of them the draft's token i
     (`Engine`'s speculate). Of a native call that goes on a step counts as one token of each
@@ -60,6 +62,7 @@ class EngineStats:
     prefix_tokens: int = 0
     swapped_tokens: int = 0
     restarts: int = 0
+    layout_changes: int = 0
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

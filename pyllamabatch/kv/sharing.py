@@ -64,14 +64,17 @@ class KvOperation(NamedTuple):
     - remove: all of `slot`. trim: all of `slot` but its first `n` positions; cut: the same, of the
       running sequence `id`.
     - copy: the first `n` positions of `source` (all that it holds, if `whole`) to the empty `slot`.
-    - pool: all that is held goes, and the streams of cells become one pool.
+    - pool: all that is held goes, and the streams of cells become one pool. streams: the same, and
+      the pool becomes streams again.
     - save: the state of `slot` to the host, for sequence `id`. load: the saved state of `id` to the
       empty `slot`, which uses it up. store: a state that sequence `id` brings, to the saved ones.
       discard: the saved state of `id`.
 
     `id`: the sequence that starts from this, 0 when none does."""
 
-    kind: Literal["remove", "trim", "cut", "copy", "pool", "save", "load", "store", "discard"]
+    kind: Literal[
+        "remove", "trim", "cut", "copy", "pool", "streams", "save", "load", "store", "discard"
+    ]
     slot: int
     source: int = -1
     n: int = 0

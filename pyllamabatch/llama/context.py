@@ -151,16 +151,20 @@ class Context(Owner):
         self._attached.clear()
         self._close()
 
-    def renew(self, pool: int = 0) -> None:
+    def renew(self, pool: int | None = None) -> None:
         """Make the native context again, with the same parameters, after it has failed. `pool`:
-        with so many cells that all sequences share, in place of streams.
+        with so many cells that all sequences share, in place of streams; 0: with those streams
+        again.
 
         Its memory is empty and its outputs are gone. Adapters, threads and steppers, with their
         slots, stay. Other threads may make slots meanwhile. Raises `ContextCreateError`, and the
         context is closed, when it can't be made."""
         with self.exclusive():
-            if pool:
-                self._native.n_ctx, self._native.kv_unified = pool, True
+            native = self._native
+            if pool and not native.kv_unified:
+                self._n_ctx_streams = native.n_ctx
+            if pool is not None:
+                native.n_ctx, native.kv_unified = pool or self._n_ctx_streams, bool(pool)
             self._replace(self._make)
 
     def _replace(self, make: Callable[[], Any]) -> None:

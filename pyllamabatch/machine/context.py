@@ -59,6 +59,8 @@ class MachineContext:
         self.memory = self.device
 
     def _set_layout(self, n_ctx: int, unified: bool) -> None:
+        if not unified:
+            self._n_ctx_streams = n_ctx
         self.n_ctx = n_ctx
         self.n_ctx_seq = n_ctx if unified else n_ctx // self.n_seq_max
         self.params["kv_unified"] = unified
@@ -129,10 +131,10 @@ class MachineContext:
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None:
         self.device.state_seq_set(data, seq_id)
 
-    def renew(self, pool: int = 0) -> None:
+    def renew(self, pool: int | None = None) -> None:
         """As `Context.renew`."""
-        if pool:
-            self._set_layout(pool, True)
+        if pool is not None:
+            self._set_layout(pool or self._n_ctx_streams, bool(pool))
         self.device.set_layout(self._limits())
 
     def shrink(self) -> bool:

@@ -9,7 +9,8 @@ from .view import Limits
 
 
 class Pool(NamedTuple):
-    """What the streams of a context become when a sequence needs more cells than one has."""
+    """What the streams of a context become when a sequence needs more cells than one has; and what
+    there is to go back to."""
 
     limits: Limits
     sharing: Sharing

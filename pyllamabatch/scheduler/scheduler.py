@@ -15,7 +15,7 @@ sequence; views are made when a policy looks at them."""
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
 from .invariance import Computed
-from .kv_options import KvOptions
+from .kv_options import KvOptions, Pool
 from .policies.device_aware import device_aware
 from .policy import Policy, check_policy
 from .progress import Progress
@@ -41,6 +41,7 @@ from .sequences import Sequences
 from .step import NO_SLOTS, Counters, Step
 from .step_builder import Moved, Placed, StepBuilder
 from .view import Drafts, KvView, Limits, SequenceView, StepView
+from .way_back import WayBack
 
 
 class Pause(NamedTuple):
@@ -80,7 +81,8 @@ class Scheduler:
         fills = behind and not limits.unified and kv.sharing.fills
         self.limits = replace(limits, behind=behind, fills=fills)
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
-        self._pool = kv.pool
+        self._pool = kv.pool  # what streams may become
+        self._way_back = None if kv.pool is None else WayBack(Pool(self.limits, kv.sharing))
         self.invariance = kv.invariance
         if kv.invariance is not None and limits.unified:
             raise ValueError("a pool of cells is not batch-invariant")
@@ -286,6 +288,8 @@ class Scheduler:
         step without rows has operations to carry out, and nothing else. None when there is nothing
         to do, no room for those that wait, or the policy wants to wait: `hold` says for how long.
         PlanError, and nothing has changed, when the plan breaks a rule."""
+        if self._goes_back():
+            return self._become_streams()
         if self.idle:
             return self._without_rows()
         if self._outgrown:
@@ -315,26 +319,53 @@ class Scheduler:
         return step
 
     def _become_pool(self) -> Step:
-        """What runs is preempted, nothing stays cached, and streams become a pool."""
         assert self._pool is not None
+        assert self._way_back is not None
+        self._way_back.to_pool(self.cost)
+        pool, self._pool = self._pool, None
+        return self._become("pool", pool)
+
+    def _become_streams(self) -> Step:
+        assert self._way_back is not None
+        self._way_back.to_streams(self.cost)
+        self._pool = Pool(self.limits, self.admission.cache.sharing)
+        return self._become("streams", self._way_back.streams)
+
+    def _goes_back(self) -> bool:
+        """Whether a pool is streams again from now on."""
+        way = self._way_back
+        if way is None or self._pool is not None or not way.pays(self.accounting.used):
+            return False
+        most = way.streams.limits.most_cells
+        return not self._outgrown and all(view.known <= most for view in self.sequences.all())
+
+    def _become(self, kind: Literal["pool", "streams"], layout: Pool) -> Step:
+        """What runs is preempted, nothing stays cached, and the cells are divided so."""
         sequences, admission = self.sequences, self.admission
         preempted = tuple(
             (id, sequences.preempt(id, retain=False)) for id in reversed(self.running_ids())
         )
         admission.cache.drop_all()
         operations = self.take_kv_operations()
-        (self.limits, sharing), self._pool = self._pool, None
+        self.limits, sharing = limits, _ = layout
         self._outgrown.clear()
-        self._n_cells_behind = 0
-        limits = self.limits
-        self.accounting.reset(limits.n_cells, True, limits.n_cells_seq)
+        self._n_cells_behind = 0 if limits.unified else sharing.n_cached * limits.n_cells_seq
+        n_cells = limits.n_cells + self._n_cells_behind
+        self.accounting.reset(n_cells, limits.unified, limits.n_cells_seq)
         for id, prefix in admission.restart(sharing):
             sequences.waiting.put(id, prefix=prefix)
         if self.drafting is not None:
             self.drafting.limits = limits
         self.set_cost(self.cost)
-        pool = KvOperation("pool", -1, n=limits.n_cells)
-        return Step(NO_SLOTS, (), preempted, (), 0, {}, kv_operations=(*operations, pool))
+        self.counters.layout_changes += 1
+        becomes = KvOperation(kind, -1, n=n_cells)
+        return Step(NO_SLOTS, (), preempted, (), 0, {}, kv_operations=(*operations, becomes))
+
+    def renewed(self, cost: StepCost | None, seconds: float) -> None:
+        """The memory has become what a step said, in `seconds`. cost: of its steps."""
+        self.set_cost(cost)
+        if self._way_back is not None:
+            self._way_back.seconds = seconds
 
     def _preempt_idle(self) -> Placed:
         """The interactive sequence that is idle longest, if that is too long and others need its
@@ -377,9 +408,24 @@ class Scheduler:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
+        if self._way_back is not None and self.cost is not None:
+            self._count_back(step, n)
         self._progress.advance(step, n, now, drafted)
         if self._pool is not None:
             self._reached_ends(step)
+
+    def _count_back(self, step: Step, n: int) -> None:
+        assert self._way_back is not None
+        assert self.cost is not None
+        if not step.n_rows:
+            return
+        held, pool = self.accounting.held_by_slot[step.slots], self.limits.unified
+        longest = int(held.max()) + max(n, *(chunk.n for chunk in step.chunks), 0)
+        if pool and longest > self._way_back.streams.limits.most_cells:
+            self._way_back.needs_pool()
+            return
+        cells = self.attention.cells(step, n / 2) if pool else self.accounting.used
+        self._way_back.computed(step, n, int(held.sum()), cells, self.cost)
 
     def _reached_ends(self, step: Step) -> None:
         """Those whose stream is full need a pool for the token that they have sampled last. An
@@ -423,7 +469,7 @@ class Scheduler:
     @property
     def has_kv_operations(self) -> bool:
         """Whether there are some that no step has brought yet."""
-        return bool(self.admission.cache.kv_operations)
+        return bool(self.admission.cache.kv_operations) or self._goes_back()
 
     def take_kv_operations(self) -> tuple[KvOperation, ...]:
         """What was decided since the last step, or the last call: to be carried out in this order.

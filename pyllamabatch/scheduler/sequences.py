@@ -1,6 +1,6 @@
 """All sequences: where each is, and how it gets from one place to another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..kv import KvAccounting
 from .admission import Admission
@@ -48,6 +48,11 @@ class Sequences:
 
     def __contains__(self, id: int) -> bool:
         return id in self.running.ids or id in self.waiting.ids or id in self.aside
+
+    def all(self) -> Iterator[SequenceView]:
+        for entries in (self.running.ids, self.waiting.ids, self.aside):
+            for entry in entries.values():
+                yield self.running.seen(entry)
 
     def add(self, entry: Entry, *, first: bool = False) -> None:
         """To the waiting queue, or aside while there is nothing to compute."""

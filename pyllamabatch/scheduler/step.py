@@ -249,7 +249,8 @@ class Counters:
     sequence had computed before; `tokens` = sampled; `fill`: how many steps have sampled so many
     sequences; `slot_steps`: slots that had rows, summed over the steps. `known_tokens`: of
     sequences when they were admitted; of these `prefix_tokens` were in the cache and
-    `loaded_tokens` in a saved state.
+    `loaded_tokens` in a saved state. `layout_changes`: how often streams have become a pool, or a
+    pool streams again.
     `drafts` with `drafted_tokens` were checked in rows of their own, and `accepted_tokens` of these
     were right, `accepted_at[i]` of them the draft's token i; these rows, and those that only fill
     up beside them, are among `decode_rows`."""
@@ -267,6 +268,7 @@ class Counters:
     known_tokens: int = 0
     prefix_tokens: int = 0
     loaded_tokens: int = 0
+    layout_changes: int = 0
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

@@ -187,6 +187,7 @@ class SimulatedReplica:
         n_trace: int = 0,
     ) -> None:
         self.index = index
+        self._specs = {"streams": spec, "pool": spec.pool or spec}
         self.load = Load(n_cells=spec.limits.n_cells)
         pool = None
         if spec.pool is not None:  # with the slots that the streams have
@@ -402,9 +403,10 @@ class SimulatedReplica:
             else:
                 one.outcome.admitted = now
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
-        if self.spec.pool and any(operation.kind == "pool" for operation in step.kv_operations):
-            self._is(self.spec.pool)
-            self.scheduler.set_cost(self.spec.cost)
+        for operation in step.kv_operations:
+            if (becomes := self._specs.get(operation.kind)) is not None:
+                self._is(becomes)
+                self.scheduler.renewed(becomes.cost, 0.0)
         if self.recorder is not None:
             self.recorder.placed(step)
         if step.n_rows:

@@ -10,6 +10,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong
 from pyllamabatch.llama.model import Model
 from tests.support.engines import EXACT, greedy, held
+from tests.support.made_up_costs import Linear
 from tests.support.speculating import LOOP, always
 
 
@@ -87,6 +88,23 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
         again = engine.generate([short, long], [greedy(300), greedy(200)])
         assert [r.tokens for r in again] == expected
         assert engine.stats().prefix_tokens > 0  # the cache works in the pool, too
+
+
+def test_a_pool_that_pays_no_more_is_streams_again_and_no_token_changes(model: Model) -> None:
+    short, long = prompt(40), prompt(1100, 7)
+    with engine_on(model, kv_unified=True, n_ctx=2048) as engine:
+        expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(20)])]
+    cost: Any = Linear(row_s=1e-6, cell_s=0.1)  # so every step loses seconds by what is cached
+    with engine_on(model, n_ctx=2048, cost=cost) as engine:
+        layout = engine.layout, engine.limits, engine.capabilities
+        for _ in range(2):
+            assert engine.generate([long], greedy(20))[0].tokens == expected[1]
+            assert engine.limits.unified
+            assert engine.generate([short], greedy(300))[0].tokens == expected[0]
+            assert (engine.layout, engine.limits, engine.capabilities) == layout
+        assert engine.stats().preemptions == 2
+        assert engine.stats().layout_changes == 4
+        assert engine.stats().restarts == 0
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])

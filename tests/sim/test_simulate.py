@@ -91,6 +91,18 @@ def test_streams_become_a_pool_for_an_answer_that_outgrows_its_own() -> None:
     assert run.loads[0].kv_peak > 2000
 
 
+def test_a_pool_that_is_slower_is_streams_again_for_those_that_come_after() -> None:
+    """Streams take a millisecond a row; the pool as much for ten cells besides."""
+    streams = replace(machine(unified=False), cost=Linear(row_s=1e-3, unified=False))
+    spec = replace(streams, pool=replace(machine(), cost=Linear(row_s=1e-3, cell_s=1e-4)))
+    requests = [one(0, 0.0, 2000, 2), *(one(i, 10.0 + i, 100, 100) for i in range(1, 20))]
+    run = simulate(requests, spec)
+    assert run.loads[0].counters.layout_changes == 2
+    first, last = (next(o for o in run.outcomes if o.id == id) for id in (1, 19))
+    assert last.end - last.arrival == pytest.approx(0.2, abs=0.02)
+    assert first.end - first.arrival > 2 * (last.end - last.arrival)
+
+
 def test_one_request_and_the_overhead_of_a_call() -> None:
     (o,) = outcomes([one(1, 2.0, 90, 11)])
     assert (o.arrival, o.admitted) == (2.0, 2.0)

@@ -218,7 +218,7 @@ class FakeMachine(FakeDevice[Cell, Slot]):
     def files(self, lora: LoraSet) -> LoraNames:
         return list(lora)
 
-    def renew(self, pool: int = 0) -> None:
+    def renew(self, pool: int | None = None) -> None:
         self.cells.clear()
         if self.barren:
             raise ContextCreateError("no memory left")

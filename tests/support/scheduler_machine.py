@@ -1,7 +1,7 @@
 """A plain-Python executor that drives a scheduler by the book, and random limits for it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
@@ -38,6 +39,8 @@ class Machine:
       these it ends.
     - owner: slot -> id. first_rows: ids in the order they first ran. done: in the order they ended.
     - moved: operations, by kind.
+    - costs: what steps take from then on that the cells become "pool" or "streams". renewal_s: what
+      it takes that they become so.
     """
 
     def __init__(
@@ -49,11 +52,13 @@ class Machine:
         retain: bool = True,
         swap: Any = "recompute",
         pool: Pool | None = None,
+        costs: Mapping[str, StepCost] | None = None,
         **options: Any,
     ) -> None:
         choice = swap if isinstance(swap, SwapChoice) else SwapChoice(swap)
         kv = KvOptions(sharing or Sharing(), retain, choice, pool)
-        self.pool = pool
+        self.costs = costs or {}
+        self.renewal_s = 0.0
         self.scheduler = Scheduler(limits, policy, kv=kv, **options)
         self.now = 0.0
         self.memory = Cells(kv.sharing, limits.unified)
@@ -193,11 +198,13 @@ class Machine:
                 assert operation.n == self.filled.pop(operation.slot)
                 continue
             assert not self.filled.keys() & {operation.slot, operation.source}
-            if operation.kind == "pool":
-                assert self.pool is not None
+            if operation.kind in ("pool", "streams"):
                 assert not self.owner
-                saved, self.memory = self.memory.saved, Cells(self.pool.sharing, unified=True)
+                saved, sharing = self.memory.saved, self.scheduler.admission.cache.sharing
+                self.memory = Cells(sharing, unified=operation.kind == "pool")
                 self.memory.saved = saved
+                if operation.kind in self.costs:
+                    self.scheduler.renewed(self.costs[operation.kind], self.renewal_s)
                 continue
             self.memory.carry_out(operation, self.tokens.get(operation.id, ()))
 
