@@ -1,5 +1,6 @@
 """The parts of an engine, by its options: a context, the stepper on it, and the scheduler."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -9,7 +10,8 @@ from ..llama.host import PathLike
 from ..llama.lora import Loras
 from ..llama.memory import copies_whole_only
 from ..llama.model import Model
-from ..scheduler import Invariance, KvOptions, Scheduler
+from ..scheduler import ComposedPolicy, Invariance, KvOptions, Scheduler
+from ..scheduler.policies.speculate import ByGain
 from . import on_machine
 from .draft_feeds import LoadedDraft, feed_of, load_draft
 from .drafters import Mtp, Ngram
@@ -18,6 +20,8 @@ from .kv_config import limits_of, pool_of, sharing_of
 from .layout import Layout, make_context, n_draft_max
 from .options import EngineOptions
 from .protocols import Device, EngineContext
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,10 @@ def assemble(
     this machine, which needs a model. Raises as `Engine`, and nothing is left open."""
     context: EngineContext
     if options.speculate == "auto":
-        options = replace(
-            options, speculate="ngram" if _may_draft(model, options, machine) else None
-        )
+        drafts = _may_draft(model, options, machine)
+        options, why = replace(options, speculate="ngram" if drafts else None), ""
+    else:
+        options, why = _with_drafts(options)
     with ExitStack() as undo:
         draft = None
         if machine is None:
@@ -55,6 +60,8 @@ def assemble(
         else:
             context, layout = on_machine.make_context(machine, model, options, context_params)
         undo.callback(context.close)
+        if why:
+            layout = replace(layout, reasons={**layout.reasons, "speculate": why})
         parts = _parts(context, layout, options, draft)
         undo.pop_all()
     return parts
@@ -67,6 +74,22 @@ def _may_draft(model: Model | None, options: EngineOptions, machine: PathLike | 
     takes_back = isinstance(model, Model) and not copies_whole_only(model)
     exact = bool(options.batch_invariant) or machine is not None
     return takes_back and decides and options.cost is not None and not exact
+
+
+def _with_drafts(options: EngineOptions) -> tuple[EngineOptions, str]:
+    """A policy of parts decides by gain what was drafted, where it has no part that does. And why
+    there are no drafts, though they were asked for."""
+    drafter, policy = options.drafter, options.policy
+    if drafter is None:
+        return options, ""
+    if isinstance(policy, ComposedPolicy) and policy.speculate is None:
+        policy = replace(policy, speculate=ByGain())
+    by_gain = policy is None or isinstance(getattr(policy, "speculate", None), ByGain)
+    if by_gain and options.cost is None:
+        why = "off: without a cost model nothing says whether drafts pay"
+        log.warning("speculate is %s", why)
+        return replace(options, speculate=None), why
+    return replace(options, policy=policy, speculate=drafter), ""
 
 
 def _parts(

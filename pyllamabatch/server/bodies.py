@@ -28,6 +28,8 @@ IGNORED = frozenset({
     "dry_penalty_last_n", "dry_sequence_breakers",
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "adaptive_decay",
     "backend_sampling", "speculative.n_max", "speculative.n_min", "speculative.p_min",
+    "speculative.type", "speculative.ngram_size_n", "speculative.ngram_size_m",
+    "speculative.ngram_min_hits",
 })  # fmt: skip
 OFF: Mapping[str, tuple[object, ...]] = {
     "dry_multiplier": (0,),

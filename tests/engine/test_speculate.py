@@ -14,6 +14,7 @@ from pyllamabatch.server.metrics import Metrics
 from pyllamabatch.server.tokens import timings
 from tests.support.decoding import loaded, with_mtp
 from tests.support.engines import Checked, check_idle, greedy
+from tests.support.made_up_costs import Linear
 from tests.support.speculating import LOOP, PROMPTS, always, check_mixes, engine_of
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
@@ -114,6 +115,32 @@ def test_an_engine_drafts_without_being_asked_where_that_is_possible(model: Mode
     assert not may_draft(loaded("lfm2"))
     with Engine(machine="nvidia-h200-gemma-3-1b-q4_k_m", n_seq_max=2) as engine:
         assert engine.limits.n_draft_max == 0
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "sarathi"])
+def test_a_drafter_that_was_asked_for_drafts_under_any_shipped_policy(
+    model: Model, policy: str
+) -> None:
+    cost: Any = Linear(10.0)  # rows cost nothing
+    with engine_of(model, speculate=model, policy=policy, cost=cost) as engine:
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        drafting.credit = 1.0
+        engine.submit(PROMPTS[0], greedy(60)).result()
+        assert engine.stats().accepted_tokens > 0
+        assert "speculate" not in engine.reasons
+
+
+@pytest.mark.parametrize("policy", [None, "fcfs"])
+def test_without_a_cost_model_a_drafter_is_off_and_says_so(
+    model: Model, policy: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its model is not even loaded."""
+    how: dict[str, Any] = {"policy": policy, "cost": None, "speculate": "draft:/no/such.gguf"}
+    with Engine(model, n_seq_max=2, n_ctx=512, n_threads=1, **how) as engine:
+        assert engine.limits.n_draft_max == 0
+        assert "cost model" in engine.reasons["speculate"]
+    assert caplog.text.count("speculate is off") == 1
 
 
 def test_what_is_refused(model: Model) -> None:

@@ -51,6 +51,15 @@ def test_completion_whole_and_streamed(served: Served) -> None:
     assert stopped["content"] == whole["content"][:1]
 
 
+def test_how_to_draft_has_no_say_in_the_text(served: Served) -> None:
+    names = ("n_max", "n_min", "p_min", "ngram_size_n", "ngram_size_m", "ngram_min_hits")
+    drafts = {f"speculative.{name}": 1 for name in names} | {"speculative.type": "ngram_simple"}
+    plain, with_drafts = (
+        served.ok("/completion", {**GREEDY, "prompt": SUM, **more}) for more in ({}, drafts)
+    )
+    assert with_drafts["content"] == plain["content"]
+
+
 def test_nothing_of_a_text_warms_the_prefix_cache(served: Served) -> None:
     tokens = [*range(40, 90), *range(60, 40, -1)]
     options = {"n_predict": 0, "stop": ["a"], "n_probs": 1}

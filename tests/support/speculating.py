@@ -51,7 +51,10 @@ def priced(new_graph: float) -> ComposedPolicy:
 
 
 def engine_of(model: Model, **options: Any) -> Engine:
+    """Without a cost model, where none is given, and with drafts at every step, where these are."""
     given = {"n_seq_max": 3, "n_ctx": 1024, "n_batch": 64, "cost": None, **EXACT, **options}
+    if given["cost"] is None and given.get("speculate") is not None:
+        given.setdefault("policy", always(4, 16))
     return Engine(model, **given)
 
 
