@@ -408,24 +408,23 @@ class Scheduler:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
-        if self._way_back is not None and self.cost is not None:
-            self._count_back(step, n)
+        if self._way_back is not None and self._way_back.counts and step.n_rows:
+            self._count_back(self._way_back, step, n)
         self._progress.advance(step, n, now, drafted)
         if self._pool is not None:
             self._reached_ends(step)
 
-    def _count_back(self, step: Step, n: int) -> None:
-        assert self._way_back is not None
-        assert self.cost is not None
-        if not step.n_rows:
+    def _count_back(self, way: WayBack, step: Step, n: int) -> None:
+        """What `n` times this step lose in a pool, or save in streams."""
+        if self.cost is None:
             return
         held, pool = self.accounting.held_by_slot[step.slots], self.limits.unified
         longest = int(held.max()) + max(n, *(chunk.n for chunk in step.chunks), 0)
-        if pool and longest > self._way_back.streams.limits.most_cells:
-            self._way_back.needs_pool()
+        if pool and longest > way.streams.limits.most_cells:
+            way.needs_pool()
             return
         cells = self.attention.cells(step, n / 2) if pool else self.accounting.used
-        self._way_back.computed(step, n, int(held.sum()), cells, self.cost)
+        way.computed(step, n, int(held.sum()), cells, self.cost)
 
     def _reached_ends(self, step: Step) -> None:
         """Those whose stream is full need a pool for the token that they have sampled last. An

@@ -32,6 +32,11 @@ class WayBack:
     def to_streams(self, pool: StepCost | None) -> None:
         self._other, self._gap = pool, 0.0
 
+    @property
+    def counts(self) -> bool:
+        """Whether there has been a pool, and what steps take is known."""
+        return self._other is not None
+
     def computed(self, step: Step, n: int, held: int, cells: float, cost: StepCost) -> None:
         """`step` was computed `n` times. held: cells of its own sequences; cells: that it attends
         to, or would in a pool. cost: what steps take now."""
