@@ -77,19 +77,16 @@ def _may_draft(model: Model | None, options: EngineOptions, machine: PathLike | 
 
 
 def _with_drafts(options: EngineOptions) -> tuple[EngineOptions, str]:
-    """A policy of parts decides by gain what was drafted, where it has no part that does. And why
-    there are no drafts, though they were asked for."""
-    drafter, policy = options.drafter, options.policy
-    if drafter is None:
-        return options, ""
-    if isinstance(policy, ComposedPolicy) and policy.speculate is None:
-        policy = replace(policy, speculate=ByGain())
-    by_gain = policy is None or isinstance(getattr(policy, "speculate", None), ByGain)
-    if by_gain and options.cost is None:
+    """And why there are no drafts, though they were asked for."""
+    policy = options.policy
+    by_gain = policy is None or (
+        isinstance(policy, ComposedPolicy) and isinstance(policy.speculate, ByGain | None)
+    )
+    if options.drafter is not None and by_gain and options.cost is None:
         why = "off: without a cost model nothing says whether drafts pay"
         log.warning("speculate is %s", why)
         return replace(options, speculate=None), why
-    return replace(options, policy=policy, speculate=drafter), ""
+    return options, ""
 
 
 def _parts(

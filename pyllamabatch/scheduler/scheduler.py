@@ -31,7 +31,9 @@ from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
 from .invariance import Computed
 from .kv_options import KvOptions, Pool
+from .policies.composed import ComposedPolicy
 from .policies.device_aware import device_aware
+from .policies.speculate import ByGain
 from .policy import Policy, check_policy
 from .progress import Progress
 from .queue import SequenceList
@@ -57,7 +59,8 @@ NO_PAUSE = Pause()
 
 
 class Scheduler:
-    """`limits`: what the context can take. `policy`: default `device_aware()`. `kv`: sharing and
+    """`limits`: what the context can take. `policy`: default `device_aware()`; where drafts
+    are possible, one of parts has one for them. `kv`: sharing and
     swapping. `cost`: the device's cost model, passed on to `policy` and `gather`.
 
     For interactive sequences: `gather`, how long a step waits for them, default `CostWindow()`;
@@ -80,7 +83,10 @@ class Scheduler:
         behind = limits.behind and kv.invariance is None
         fills = behind and not limits.unified and kv.sharing.fills
         self.limits = replace(limits, behind=behind, fills=fills)
-        self.policy = device_aware() if policy is None else check_policy(policy, policy)
+        policy = device_aware() if policy is None else check_policy(policy, policy)
+        if limits.n_draft_max and isinstance(policy, ComposedPolicy) and policy.speculate is None:
+            policy = replace(policy, speculate=ByGain())
+        self.policy = policy
         self._pool = kv.pool  # what streams may become
         self._way_back = None if kv.pool is None else WayBack(Pool(self.limits, kv.sharing))
         self.invariance = kv.invariance

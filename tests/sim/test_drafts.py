@@ -78,6 +78,13 @@ def test_short_answers_of_a_small_model_are_as_soon_as_without(
     assert drafted.loads[0].seconds < 1.02 * plain["duration"]
 
 
+def test_a_policy_without_a_part_for_them_has_drafts_as_live() -> None:
+    requests = [one(i, 0.0, 20, 300, acceptance=0.9) for i in range(2)]
+    spec = machine(speculate=True, n_seq_max=2, cost=Linear(0.01))
+    found = simulate(requests, spec, "fcfs")
+    assert found.loads[0].counters.accepted_tokens > 300
+
+
 @LAYOUTS
 def test_rows_that_cost_as_much_as_the_first_have_no_drafts(unified: bool) -> None:
     requests = [one(i, 0.0, 20, 300, acceptance=0.6) for i in range(2)]

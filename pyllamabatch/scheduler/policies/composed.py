@@ -30,9 +30,8 @@ class ComposedPolicy:
     - repeat: a number, when it is always the same one. The other parts may not look at the time
       then, nor admit a sequence for having waited longer.
     - width: without it all that decode do so at every step.
-    - speculate: without it no sequence has drafted tokens in a step, but in an engine with a
-      drafter that was asked for, which takes `ByGain()` then. It is asked only where drafts are
-      possible, and all that decode have a row.
+    - speculate: drafted tokens. It is asked only where drafts are possible, and all that decode
+      have a row. Without it a scheduler takes `ByGain()` there.
     - mix: what is computed in a step: always the same, or asked when decodes and prompts
       are planned.
     - ended: see `Policy`."""
