@@ -482,8 +482,10 @@ class EngineCore:
             for command in self.commands.fail(error):
                 with suppress(Exception):  # the first error is the one to report
                     command()
+            # As they are now: a reader that raises the error adds its own.
+            lines = error.__traceback__ if isinstance(error, Exception) else None
             for request in list(self.table.requests.values()):
-                request.sink.abandon(self._cause())
+                request.sink.abandon(self._cause(), lines)
 
     def _cause(self) -> Exception:
         """What requests end with that the engine leaves behind."""

@@ -99,6 +99,7 @@ class ModelFeed(Feed):
         self._draft = DraftModel(loaded.model, stepper, n_ctx=cells, **given)
         self.size = loaded.size
         self._loaded = loaded
+        self._code = 0  # the last one that was told
         self._draft.attach()
 
     def begin(self, slot: int, request: Request) -> None:
@@ -111,7 +112,9 @@ class ModelFeed(Feed):
     def computed(self, run: Run) -> None:
         if run.draft_code:
             why = "has no cells for all" if run.draft_code == 1 else f"failed: {run.draft_code}"
-            log.warning("the draft model %s; some sequences go on without drafts", why)
+            level = logging.DEBUG if run.draft_code == self._code else logging.WARNING
+            log.log(level, "the draft model %s; some sequences go on without drafts", why)
+            self._code = run.draft_code
 
     def close(self) -> None:
         self._draft.close()

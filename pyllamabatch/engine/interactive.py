@@ -6,6 +6,7 @@ One call at a time, `Call`, says what the owner waits for. A call that raises ha
 import threading
 from math import isnan
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ class InteractiveSink(Sink):
             self._table.end(self.request)
         self._finish(error=error)
 
-    def abandon(self, error: Exception) -> None:
+    def abandon(self, error: Exception, lines: TracebackType | None) -> None:
         self._finish(error=error)
 
     # -- inside

@@ -74,13 +74,17 @@ class KvExecutor:
                 self.space.drop(id)
 
     def _become(self, kind: str, n_cells: int) -> None:
-        """ContextCreateError when there is no such context, and the old one is gone."""
+        """Where streams can't be had, the pool stays. ContextCreateError when there is no context
+        any more."""
         why = "a sequence needs more cells than a stream has"
         if kind == "streams":
             why = "no sequence needs more cells than a stream has any more"
         log.info("%s: a %s of %d cells from now on", why, kind, n_cells)
         began = perf_counter()
-        self._states.renew(n_cells if kind == "pool" else 0)
+        problem = self._states.renew(n_cells if kind == "pool" else 0)
+        if problem is not None:
+            log.warning("there is a pool as before: %s", problem)
+            self._scheduler.stay_pool()
         self._renewed(perf_counter() - began)
 
     def _save(self, request: Request, slot: int, n: int) -> None:

@@ -115,9 +115,11 @@ class OutputProcessor:
     def finish_rest(self, error: Exception) -> None:
         """When the thread has ended. If it failed, streams whose end is still to come have not got
         all of their tokens, and end with this error."""
+        lines = error.__traceback__
         for _, act, args in self._events:
             if act == self._end:
                 stream = args[0]
+                stream._traceback = lines
                 try:
                     self._end(stream, "error", None, error)
                 except Exception:

@@ -39,7 +39,7 @@ class Recovery:
         scheduler: Scheduler,
         table: SlotTable,
         memory: KvMemory,
-        renew: Callable[[], None],
+        renew: Callable[[], object],
         max_restarts: int,
     ) -> None:
         self.n_restarts = 0

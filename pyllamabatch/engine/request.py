@@ -1,5 +1,6 @@
 """Request: one sequence as the core knows it, from the command queue to its end."""
 
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class Sink:
     def close(self, error: Exception) -> None:
         """The engine takes nothing more."""
 
-    def abandon(self, error: Exception) -> None:
-        """The core thread ends, and leaves it as it is."""
+    def abandon(self, error: Exception, lines: TracebackType | None) -> None:
+        """The core thread ends, and leaves it as it is. lines: where `error` came from, as it was
+        before any reader raised it."""
 
 
 NO_SINK = Sink()

@@ -304,7 +304,7 @@ class Stream:
             self._take()
             self._leave_column()
             self._page = None
-            if error is not None:
+            if error is not None and self._traceback is None:
                 self._traceback = error.__traceback__
             if self._feed.stop is not None:
                 self._n_dropped += stop is not None

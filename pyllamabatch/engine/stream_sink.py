@@ -1,6 +1,7 @@
 """StreamSink: a request whose tokens go to a stream, and which ends by itself."""
 
 from collections.abc import Callable
+from types import TracebackType
 
 from ..errors import SamplingError
 from ..step.types import Finish
@@ -62,7 +63,8 @@ class StreamSink(Sink):
     def cancel(self, reason: FinishReason = "cancelled") -> None:
         self._end(reason)
 
-    def abandon(self, error: Exception) -> None:
+    def abandon(self, error: Exception, lines: TracebackType | None) -> None:
+        self.stream._traceback = lines
         del self._table.requests[self.request.id]
         self._tell_end("error", error=error)
 

@@ -20,7 +20,7 @@ from pyllamabatch.llama import runtime, state
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.handle import Exclusive, Owner, here, owned, view
 from pyllamabatch.llama.host import MAX_THREADS, PathLike, usable_cores
-from pyllamabatch.llama.limits import MAX_CTX, check_params, max_position
+from pyllamabatch.llama.limits import MAX_CTX, check_params, max_position, streams_of
 from pyllamabatch.llama.lora import LoraAdapter, LoraNames
 from pyllamabatch.llama.memory import Memory, probe
 from pyllamabatch.llama.model import Model
@@ -108,6 +108,7 @@ class Context(Owner):
         self.model = model
         self._model_ptr = model.ptr  # the model may be closed before the context
         self._native = native
+        self._n_ctx_streams = None if native.kv_unified else native.n_ctx  # None: made as a pool
         self._keep = params  # callbacks and samplers that libllama points to
         ptr = self._make()
         self._exclusive = Exclusive(ptr)
@@ -151,21 +152,36 @@ class Context(Owner):
         self._attached.clear()
         self._close()
 
-    def renew(self, pool: int | None = None) -> None:
+    def renew(self, pool: int | None = None) -> ContextCreateError | None:
         """Make the native context again, with the same parameters, after it has failed. `pool`:
         with so many cells that all sequences share, in place of streams; 0: with those streams
-        again.
+        again. Returns why these can't be had: it has the pool then.
 
         Its memory is empty and its outputs are gone. Adapters, threads and steppers, with their
         slots, stay. Other threads may make slots meanwhile. Raises `ContextCreateError`, and the
-        context is closed, when it can't be made."""
+        context is closed, when it can't be made. `ArgumentError` for 0 where the context was made
+        with kv_unified=True."""
+        problem: ContextCreateError | None = None
         with self.exclusive():
             native = self._native
-            if pool and not native.kv_unified:
-                self._n_ctx_streams = native.n_ctx
+            before = native.n_ctx, native.kv_unified
             if pool is not None:
-                native.n_ctx, native.kv_unified = pool or self._n_ctx_streams, bool(pool)
-            self._replace(self._make)
+                n_ctx = pool or streams_of(self._n_ctx_streams)
+                native.n_ctx, native.kv_unified = n_ctx, bool(pool)
+
+            def make() -> Any:
+                nonlocal problem
+                try:
+                    return self._make()
+                except ContextCreateError as error:
+                    if native.kv_unified or not before[1]:
+                        raise
+                    problem = error
+                native.n_ctx, native.kv_unified = before
+                return self._make()
+
+            self._replace(make)
+        return problem
 
     def _replace(self, make: Callable[[], Any]) -> None:
         """By what `make` makes, once the native context that there is has been freed."""

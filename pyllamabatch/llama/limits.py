@@ -24,6 +24,13 @@ _SEVERAL_NEXTN = ("hy_v3", "mimo2", "step35")
 _CELL_BYTES = 4 + 4 + 32  # libllama's own notes on a cell: position, shift, a bit per sequence
 
 
+def streams_of(n_ctx: int | None) -> int:
+    """Cells of the streams that a context was made with; ArgumentError for None, a pool."""
+    if n_ctx is None:
+        raise ArgumentError("pool", 0, "this context was made as a pool: it never had streams")
+    return n_ctx
+
+
 def check_params(model: Model, params: Any) -> int:
     """Check the parameters of a context together. Returns the rows with output that a batch may
     have. Raises `ArgumentError` or `NotEnoughMemory`."""

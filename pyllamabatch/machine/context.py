@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.kv import Preemption, SwapChoice
+from pyllamabatch.llama.limits import streams_of
 from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.llama.memory import Capabilities
 from pyllamabatch.llama.model import Model
@@ -54,13 +55,12 @@ class MachineContext:
         self.n_batch = min(integer("n_batch", n_batch, n_seq_max, 2**31 - 1), n_ctx)
         self.n_ubatch = min(integer("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         self.params: dict[str, Any] = {"swa_full": True}
+        self._n_ctx_streams = None if kv_unified else n_ctx  # None: made as a pool
         self._set_layout(n_ctx, kv_unified)
         self.device = ProfileDevice(machine, model, self._limits())
         self.memory = self.device
 
     def _set_layout(self, n_ctx: int, unified: bool) -> None:
-        if not unified:
-            self._n_ctx_streams = n_ctx
         self.n_ctx = n_ctx
         self.n_ctx_seq = n_ctx if unified else n_ctx // self.n_seq_max
         self.params["kv_unified"] = unified
@@ -134,7 +134,7 @@ class MachineContext:
     def renew(self, pool: int | None = None) -> None:
         """As `Context.renew`."""
         if pool is not None:
-            self._set_layout(pool or self._n_ctx_streams, bool(pool))
+            self._set_layout(pool or streams_of(self._n_ctx_streams), bool(pool))
         self.device.set_layout(self._limits())
 
     def shrink(self) -> bool:

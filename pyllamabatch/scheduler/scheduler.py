@@ -294,10 +294,10 @@ class Scheduler:
         step without rows has operations to carry out, and nothing else. None when there is nothing
         to do, no room for those that wait, or the policy wants to wait: `hold` says for how long.
         PlanError, and nothing has changed, when the plan breaks a rule."""
+        if self.idle:  # an engine may have given its cells up
+            return self._without_rows()
         if self._goes_back():
             return self._become_streams()
-        if self.idle:
-            return self._without_rows()
         if self._outgrown:
             return self._become_pool()
         sequences = self.sequences
@@ -336,6 +336,14 @@ class Scheduler:
         self._way_back.to_streams(self.cost)
         self._pool = Pool(self.limits, self.admission.cache.sharing)
         return self._become("streams", self._way_back.streams)
+
+    def stay_pool(self) -> None:
+        """The streams that a step said can't be had: there is a pool, from now on for good."""
+        assert self._way_back is not None
+        assert self._pool is not None
+        self._way_back.to_pool(None)
+        pool, self._pool = self._pool, None
+        self._become("pool", pool)
 
     def _goes_back(self) -> bool:
         """Whether a pool is streams again from now on."""
@@ -474,7 +482,7 @@ class Scheduler:
     @property
     def has_kv_operations(self) -> bool:
         """Whether there are some that no step has brought yet."""
-        return bool(self.admission.cache.kv_operations) or self._goes_back()
+        return bool(self.admission.cache.kv_operations)
 
     def take_kv_operations(self) -> tuple[KvOperation, ...]:
         """What was decided since the last step, or the last call: to be carried out in this order.

@@ -138,7 +138,10 @@ def test_requests_go_on_without_a_draft_that_fails(
         assert stats.accepted_tokens - before.accepted_tokens > case.right * drafted > 0
 
 
-def test_with_few_cells_the_shorter_sequences_have_drafts(model: Model) -> None:
+def test_with_few_cells_the_shorter_sequences_have_drafts(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is one line about the longer ones."""
     prompts = [PROMPTS[0] * 8, PROMPTS[1], PROMPTS[2]]
     params = [greedy(30)] * 3
     with engine_of(model) as engine:
@@ -147,6 +150,10 @@ def test_with_few_cells_the_shorter_sequences_have_drafts(model: Model) -> None:
     with engine_of(model, speculate=small, policy=always(4, 8), n_batch=512) as engine:
         assert [r.tokens for r in engine.generate(prompts, params)] == expected
         assert check_idle(engine).accepted_tokens > 30
+        for prompt in prompts:
+            engine.generate([prompt], params[:1])
+    told = [one for one in caplog.records if "no cells for all" in one.getMessage()]
+    assert [one.levelno for one in told if one.levelno >= logging.WARNING] == [logging.WARNING]
 
 
 def test_the_embedded_model_has_a_draft_of_its_own(embedded_model: Model) -> None:

@@ -1,12 +1,14 @@
 """What the engine does when something goes wrong: a request that is not hit gets its own tokens."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import (
     ContextCreateError,
     EngineClosed,
@@ -157,6 +159,28 @@ def test_the_thread_never_dies_silently(
         rig.submit(prompts(1)[0], greedy(10))
     assert closed.value.__cause__ is rig.core.commands.error
     assert "a step failed" in caplog.text
+
+
+def test_an_error_that_a_reader_has_raised_is_the_next_one_s_without_its_lines() -> None:
+    rig = Rig(LIMITS, lambda n: RuntimeError("out of order"))
+    streams = rig.submit_all(prompts(6), greedy(10))
+
+    def read(stream: Stream) -> None:
+        with suppress(RuntimeError):
+            stream.result(0)
+
+    for stream in streams:
+        stream.add_done_callback(read)  # before the next one ends
+    rig.core.start()
+    for stream in streams:
+        stream.wait(10)
+    rig.core.close(wait=True, timeout=10)
+    for stream in streams:
+        with pytest.raises(RuntimeError) as raised:
+            stream.result(0)
+        places = [one.name for one in raised.traceback]
+        assert "step" in places
+        assert (places.count("result"), places.count("read")) == (1, 0)
 
 
 operations = st.lists(

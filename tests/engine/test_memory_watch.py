@@ -17,6 +17,7 @@ from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.pressure import Pressure
 from tests.support.engines import check_idle, engine_on, greedy, held
+from tests.support.made_up_costs import Linear
 from tests.support.models_gguf import gguf_path
 
 NORMAL, WARNING, CRITICAL = Pressure
@@ -204,6 +205,43 @@ def test_memory_that_others_have_taken_meanwhile_fails_what_needs_it(
         assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
         assert bytes_of_cells(engine) == before
         assert engine.n_ctx == 8192
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_pool_whose_memory_was_given_up_is_streams_again_with_a_request_at_most(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """And a pool as before where there is no room for streams."""
+    cost: Any = Linear()
+    options: dict[str, Any] = {"n_ctx": 8192, "cost": cost}
+    with Model(tiny_llama_path) as model, engine_on(model, **options) as engine:
+        context, way = engine._context, engine._core.scheduler._way_back
+        assert way is not None
+        make = context._make
+
+        def made() -> Any:
+            if not (room or context._native.kv_unified):
+                raise ContextCreateError("no memory left")
+            return make()
+
+        engine.generate([[1, *range(10, 110)] * 25], greedy(3))
+        assert engine.limits.unified
+        before = bytes_of_cells(engine)
+        monkeypatch.setattr(context, "_make", made)
+        with engine._core.state:
+            monkeypatch.setattr(way, "pays", lambda n: way.counts and n == 0)  # none is cached
+        for _ in range(2):
+            told_to_shrink(engine)
+            check_idle(engine)
+            assert engine._core._shrunk
+            assert engine.limits.unified
+            assert bytes_of_cells(engine) <= before / 8 + 2**16
+        for _ in range(3):
+            assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
+            check_idle(engine)
+            assert context.capabilities.unified == engine.limits.unified == (not room)
+        assert engine.stats().layout_changes == (2 if room else 3)
+        assert len(engine.generate([[1, *range(10, 110)] * 25], greedy(3))[0].tokens) == 3
 
 
 @each_way_to_ask

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ClosedError, ContextCreateError, EngineClosed, FatalDecodeError
+from pyllamabatch.errors import (
+    ArgumentError,
+    ClosedError,
+    ContextCreateError,
+    EngineClosed,
+    FatalDecodeError,
+)
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
@@ -176,6 +182,41 @@ def test_slots_can_be_made_while_it_is_renewed(
         context.renew()
         assert len(made) == 1
         stepper.put_slot(0, made[0])
+
+
+def test_streams_again_of_a_context_that_has_them_or_never_had(model: Model) -> None:
+    with Context(model, n_ctx=512, n_seq_max=2, kv_unified=False, **EXACT) as context:
+        assert context.renew(0) is None
+        assert (context.n_ctx, context.capabilities.unified) == (512, False)
+        context.renew(1024)
+        assert (context.n_ctx, context.capabilities.unified) == (1024, True)
+        context.renew(0)
+        assert (context.n_ctx, context.capabilities.unified) == (512, False)
+    with Context(model, n_ctx=512, n_seq_max=2, kv_unified=True, **EXACT) as context:
+        with pytest.raises(ArgumentError, match="made as a pool"):
+            context.renew(0)
+        context.renew()
+        assert (context.n_ctx, context.capabilities.unified) == (512, True)
+
+
+def test_where_streams_cannot_be_had_again_the_pool_stays(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Context(model, n_ctx=512, n_seq_max=2, kv_unified=False, **EXACT) as context:
+        context.renew(1024)
+        make = context._make
+
+        def no_streams() -> Any:
+            if not context._native.kv_unified:
+                raise ContextCreateError("no memory left")
+            return make()
+
+        monkeypatch.setattr(context, "_make", no_streams)
+        assert "no memory left" in str(context.renew(0))
+        assert (context.n_ctx, context.capabilities.unified) == (1024, True)
+        monkeypatch.undo()
+        assert context.renew(0) is None
+        assert (context.n_ctx, context.capabilities.unified) == (512, False)
 
 
 def test_renew_that_fails_closes_it(model: Model) -> None:

@@ -143,6 +143,13 @@ def test_streams_become_a_pool(fast: Path) -> None:
         assert streams.limits.unified
 
 
+def test_a_context_made_as_a_pool_has_no_streams_to_go_back_to(fast: Path) -> None:
+    with Engine(machine=fast, n_seq_max=2, n_ctx=2048, kv_unified=True) as pool:
+        with pytest.raises(ArgumentError, match="made as a pool"):
+            pool._context.renew(0)
+        assert pool._context.n_ctx == 2048
+
+
 def test_interactive_sequences(engine: Engine, tmp_path: Path) -> None:
     with engine.sequence() as one:
         one.prompt("a prompt that is long enough to be shared")
