@@ -350,7 +350,6 @@ class PrefixCache:
             return
         while accounting.empty < n:
             slot = next(s for s in self._by_worth() if accounting.unused(s, accounting.held(s)))
-            self._paid = max(self._paid, self._cached[slot])
             missing, alone = n - accounting.empty, accounting.alone(slot)
             # not cell by cell: every cut costs a look at all cells
             cut = max(missing, MIN_PREFIX, alone // 4)
@@ -360,6 +359,7 @@ class PrefixCache:
                 self.kv_operations.append(KvOperation("trim", slot, n=left))
                 self.changed.add(self._known[slot][0])
             else:
+                self._paid = max(self._paid, self._cached[slot])
                 self._evict(slot)
 
     def charge(self, price: float) -> None:

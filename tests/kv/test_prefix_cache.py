@@ -255,6 +255,19 @@ def test_where_room_is_short_what_no_sequence_has_started_from_goes_first() -> N
     assert not any(found[-4:])
 
 
+def test_what_room_was_taken_from_pays_on_with_the_rest() -> None:
+    rig, used = Rig(UNIFIED), text(0, 200)
+    rig.run(used)
+    slot, _ = rig.start(branch(used, 40, 10))
+    rig.end(slot, known=False)
+    slot, _ = rig.start(text(1, 150))
+    rig.advance(slot, 150)
+    assert rig.cache.find(used, "").n == 150
+    rig.cache.charge(0.5)
+    rig.check()
+    assert rig.cache.find(used, "").n == 150
+
+
 def test_how_often_prefixes_are_asked_for_again_is_learnt() -> None:
     """So is what they may pay: until the next one comes, all pay a little."""
 
