@@ -13,6 +13,7 @@ A step that could not be computed is simply not advanced: the next `plan` starts
 counters. Counters live in arrays by slot, so that a step of pure decoding costs no Python per
 sequence; views are made when a policy looks at them."""
 
+import copy
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -85,7 +86,8 @@ class Scheduler:
         self.limits = replace(limits, behind=behind, fills=fills)
         policy = device_aware() if policy is None else check_policy(policy, policy)
         if limits.n_draft_max and isinstance(policy, ComposedPolicy) and policy.speculate is None:
-            policy = replace(policy, speculate=ByGain())
+            policy = copy.copy(policy)  # a subclass may be made otherwise, and have more
+            object.__setattr__(policy, "speculate", ByGain())
         self.policy = policy
         self._pool = kv.pool  # what streams may become
         self._way_back = None if kv.pool is None else WayBack(Pool(self.limits, kv.sharing))
@@ -351,7 +353,10 @@ class Scheduler:
         if way is None or self._pool is not None or not way.pays(self.accounting.used):
             return False
         most = way.streams.limits.most_cells
-        return not self._outgrown and all(view.known <= most for view in self.sequences.all())
+        if not self._outgrown and all(view.known <= most for view in self.sequences.all()):
+            return True
+        way.needs_pool()
+        return False
 
     def _become(self, kind: Literal["pool", "streams"], layout: Pool) -> Step:
         """What runs is preempted, nothing stays cached, and the cells are divided so."""
@@ -422,15 +427,15 @@ class Scheduler:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
-        if self._way_back is not None and self._way_back.counts and step.n_rows:
-            self._count_back(self._way_back, step, n)
+        self._count_back(step, n)
         self._progress.advance(step, n, now, drafted)
         if self._pool is not None:
             self._reached_ends(step)
 
-    def _count_back(self, way: WayBack, step: Step, n: int) -> None:
+    def _count_back(self, step: Step, n: int) -> None:
         """What `n` times this step lose in a pool, or save in streams."""
-        if self.cost is None:
+        way = self._way_back
+        if way is None or not way.counts or not step.n_rows or self.cost is None:
             return
         held, pool = self.accounting.held_by_slot[step.slots], self.limits.unified
         longest = int(held.max()) + max(n, *(chunk.n for chunk in step.chunks), 0)
@@ -454,6 +459,7 @@ class Scheduler:
         computed `n` times more, for as many tokens that its owner asked for without a word. `now`:
         when the last of them was there; `seconds`: what each took. Nothing else has changed since
         it was planned."""
+        self._count_back(step, n)
         self._progress.advance_alone(step, n, now, seconds)
 
     def hold(self, now: float) -> float:

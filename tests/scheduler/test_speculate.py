@@ -714,3 +714,28 @@ def test_a_plan_with_drafts_keeps_the_rules() -> None:
         with pytest.raises(PlanError) as error:
             check_plan(plan, one)
         assert error.value.rule == "drafts", plan
+
+
+class OfSize(ComposedPolicy):
+    """Made otherwise than its base, and with something of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(budget=lambda view: size)
+        object.__setattr__(self, "planned", [])
+
+    def plan(self, view: StepView) -> Plan:
+        self.planned.append(view.now)  # type: ignore[attr-defined]
+        return super().plan(view)
+
+
+def test_a_policy_built_on_the_parts_drafts_and_stays_what_it_is() -> None:
+    mine = OfSize(5)
+    scheduler = Scheduler(LIMITS, mine)
+    assert isinstance(scheduler.policy, OfSize)
+    assert scheduler.policy.speculate == ByGain()
+    assert mine.speculate is None
+    scheduler.add(1, 20, 4, arrival=0.0)
+    step = scheduler.plan(2.0)
+    assert step is not None
+    assert step.n_rows == 5
+    assert mine.planned == [2.0]  # type: ignore[attr-defined]

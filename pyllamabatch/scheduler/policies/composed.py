@@ -22,7 +22,7 @@ from ..view import Plan, SequenceView, StepView
 from .parts import all_that_is_left, first_come, newest_first, token_budget, when_it_fits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ComposedPolicy:
     """The parts (`scheduler/policy.py` says what each is asked), by default those of `sarathi`
     without a cost model.
