@@ -46,8 +46,7 @@ class Progress:
         if now is not None:
             self._idle.within = (now - sequences.now) / n
             sequences.now = now
-        if price := self._attention.price(step, n):
-            self._builder.charge(price)
+        self._charge(step, n)
         n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
         if len(step.decode):
             taken = n if drafted is None else self._drafted(step, n, drafted)
@@ -63,6 +62,7 @@ class Progress:
         sequences, running = self._sequences, self._sequences.running
         (slot,) = step.decode.tolist()
         (entry,) = running.ids.values()
+        self._charge(step, n)
         self._accounting.take(slot, n)
         entry.true = False
         view = running.seen(entry)
@@ -71,6 +71,11 @@ class Progress:
         sequences.now = now
         self._idle.computed_alone(view.id, n, now, seconds)
         self._counters.count(step, n, 0)
+
+    def _charge(self, step: Step, n: int) -> None:
+        """What is cached pays for `n` times this step."""
+        if price := self._attention.price(step, n):
+            self._builder.charge(price)
 
     def _drafted(self, step: Step, n: int, drafted: Drafted) -> npt.NDArray[np.int64]:
         """Tokens that each slot of `step.decode` has sampled in `n` steps."""

@@ -1,5 +1,6 @@
 """Streams that become a pool of cells when a sequence needs more than one of them has."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.errors import RequestTooLong
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler import Limits, SequenceView
 from pyllamabatch.scheduler.kv_options import Pool
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
@@ -211,6 +212,47 @@ def test_a_pool_that_has_paid_goes_with_the_next_request() -> None:
     m.run()
     assert not m.scheduler.limits.unified
     assert m.generated[2] == 5
+
+
+def test_where_one_does_not_fit_the_count_begins_anew() -> None:
+    """So that not every plan looks at all sequences."""
+    m = goes_back()
+    m.add_interactive(0, 150)
+    m.run()
+    n_looks, every = 0, m.scheduler.sequences.all
+
+    def look() -> Iterator[SequenceView]:
+        nonlocal n_looks
+        n_looks += 1
+        return every()
+
+    m.scheduler.sequences.all = look  # type: ignore[method-assign]
+    for id in range(1, 20):
+        m.add(id, 20, 20, 20)
+        m.run()
+    assert m.scheduler.limits.unified
+    assert 1 <= n_looks < 20
+
+
+def test_steps_of_a_sequence_that_is_alone_pay_and_count_as_others_do() -> None:
+    """However many of them are accounted at once."""
+    costs = COSTS | {"pool": Linear(row_s=1.0, cell_s=0.05)}
+    m = Machine(STREAMS, sharing=BESIDE, pool=POOL, cost=COSTS["streams"], costs=costs)
+    m.add(0, 150, 2, 2)
+    m.run()
+    m.add_interactive(1, 20)
+    m.run()
+    m.scheduler.interactive.ask(1)
+    step = m.step()
+    assert step is not None
+    assert step.stands > 70
+    assert m.scheduler.admission.cache.n_cached
+    assert not m.scheduler.has_kv_operations
+    m.scheduler.advance_alone(step, 70, m.now, 0.1)
+    assert not m.scheduler.admission.cache.n_cached
+    m.scheduler.interactive.ask(1)
+    (*_, last) = m.scheduler.plan(m.now).kv_operations  # type: ignore[union-attr]
+    assert last.kind == "streams"
 
 
 def test_where_a_pool_is_not_slower_it_stays() -> None:
