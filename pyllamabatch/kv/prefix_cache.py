@@ -6,15 +6,14 @@ Every slot that holds something is known by its tokens: a running one by those t
 started with, a cached one (its sequence has ended, or was preempted) by all that it holds."""
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 from .accounting import KvAccounting
-from .radix_tree import RadixTree, Tokens
+from .radix_tree import RadixTree, Tokens, n_common
 from .sharing import MIN_PREFIX, NO_HIT, Hit, Key, KvOperation, Sharing, key_of
 
-# Share of the prefixes that are taken to be asked for again, as long as nothing is known; a copy of
-# a stream is paid for at once.
+# Share of a prefix that is taken to be asked for again, as long as nothing is known; a copy of a
+# stream is paid for at once.
 REUSED, REUSED_COPIES = 1 / 2, 1 / 16
 LEARNED = 1 / 16  # the share of a new observation
 
@@ -31,8 +30,8 @@ class PrefixCache:
     To be cached has a price, as a share of computing the same tokens again. In a pool every step
     looks over the cached cells, too (`charge`). In streams the sequences that run are neighbours,
     so that they share ubatches, and what is cached is copied to the `n_cached` slots behind them.
-    The price is paid as long as it is below what caching is likely to save: all of it for a prefix
-    that a sequence has started from; for any other one the share of them that is asked for again.
+    The price is paid as long as it is below what caching is likely to save: the share of a prefix
+    that a sequence has started from, or the one that is asked for again of all of them.
     Where cells or slots of a pool are short, what has least left to pay goes, and all others pay as
     much.
 
@@ -66,9 +65,9 @@ class PrefixCache:
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
         self._paid = 0.0  # by one that has been cached from the start on
         self._cached: dict[int, float] = {}  # by slot: what `_paid` will be when it has paid enough
-        self._lost: OrderedDict[Key, None] = OrderedDict()  # how the last unproven ones began
+        self._lost: list[tuple[Key, Tokens]] = []  # the last unproven ones
         self._n_lost = sharing.n_cached or n_slots  # of these, which may be asked for again
-        self._proven: set[int] = set()  # cached slots that a sequence has started from
+        self._proven: dict[int, float] = {}  # by cached slot: the share that one has started from
         self._stops: dict[int, set[int]] = {}  # by running slot: where a checkpoint is wanted
 
     @property
@@ -167,9 +166,10 @@ class PrefixCache:
         held = accounting.held(source)
         whole = n == held or not self.sharing.copy_part
         if source in self._cached:
-            if source not in self._proven:
-                self._proven.add(source)
-                self._asked_again()
+            before, share = self._proven.get(source, 0.0), n / held
+            if before <= self._reused:
+                self._asked_again(share)
+            self._proven[source] = max(before, share)
             self._use(source)
         self.kv_operations.append(
             KvOperation("copy", slot, source, held if whole else n, whole, id)
@@ -192,10 +192,7 @@ class PrefixCache:
             if n >= start + MIN_PREFIX:
                 self._stops.setdefault(slot, set()).add(n)
         self._learn(slot, tokens, space)
-        key = key_of(tokens, space)
-        if key in self._lost:
-            del self._lost[key]
-            self._asked_again()
+        self._misses(tokens, space, start)
 
     def leaves(self, slot: int, tokens: Tokens | None, *, comes_back: bool = False) -> None:
         """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
@@ -214,17 +211,18 @@ class PrefixCache:
         if self._covered(tokens, space):
             self._empty(slot)
             return
-        takes_place = self._drop_covered(tokens, space)
+        proven = 1.0 if comes_back else 0.0
+        proven = max(proven, self._drop_covered(tokens, space))
         place = self._out_of_the_way(slot, n, comes_back=comes_back)
         if place is None:
-            self._lose(known[0])
+            self._lose(known[0], tokens)
             self._empty(slot)
             return
         if n < self._accounting.held(place):
             self._accounting.trim(place, n)
             self.kv_operations.append(KvOperation("trim", place, n=n))
-        if comes_back or takes_place:
-            self._proven.add(place)
+        if proven:
+            self._proven[place] = proven
         self._hold(place, tokens, space)
 
     def move(self, id: int, slot: int) -> int | None:
@@ -269,7 +267,7 @@ class PrefixCache:
     def _use(self, slot: int) -> None:
         """What a cached slot has paid is worth it."""
         self._cached.pop(slot, None)  # of two that are equal the older one goes first
-        self._cached[slot] = self._paid + (1 if slot in self._proven else self._reused)
+        self._cached[slot] = self._paid + max(self._reused, self._proven.get(slot, 0.0))
 
     def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
         tree = self._trees.get(space)
@@ -283,7 +281,7 @@ class PrefixCache:
     def _forget(self, slot: int) -> None:
         """What `slot` holds is not to be found any more."""
         self._cached.pop(slot, None)
-        self._proven.discard(slot)
+        self._proven.pop(slot, None)
         self._stops.pop(slot, None)
         if slot in self._known:
             key, _ = self._known.pop(slot)
@@ -303,15 +301,15 @@ class PrefixCache:
                 return True
         return False
 
-    def _drop_covered(self, tokens: Tokens, space: Hashable) -> bool:
+    def _drop_covered(self, tokens: Tokens, space: Hashable) -> float:
         """Cached slots that can't do more than one of `tokens` will, where any part of it is good.
-        Whether a sequence has started from one of them."""
-        proven = False
+        The share of `tokens` that a sequence has started from there."""
+        proven = 0.0
         if not self.sharing.copy_part or self.sharing.window:
             return proven
         for slot, n in list(self._matches(tokens, space)):
             if slot in self._cached and n == self._accounting.held(slot):
-                proven |= slot in self._proven
+                proven = max(proven, self._proven.get(slot, 0.0) * n / len(tokens))
                 self.drop(slot)
         return proven
 
@@ -377,21 +375,37 @@ class PrefixCache:
         return sorted(self._cached, key=key)
 
     def _evict(self, slot: int) -> None:
-        if slot not in self._proven:
-            self._lose(self._known[slot][0])
+        if self._proven.get(slot, 0.0) <= self._reused:
+            self._lose(*self._known[slot])
         self.drop(slot)
 
     # -- whether prefixes are asked for again
 
-    def _asked_again(self) -> None:
-        self._reused += LEARNED * (1 - self._reused)
+    def _asked_again(self, share: float) -> bool:
+        """A sequence asks for this share of an unproven prefix. Whether that is worth as much as
+        one is taken to be: if not, as with what all prompts begin with, it proves nothing."""
+        worth = share > self._reused
+        if worth:
+            self._reused += LEARNED * (share - self._reused)
+        return worth
 
-    def _lose(self, key: Key) -> None:
-        """A prefix that begins so is not cached, and no sequence has started from it: not yet."""
-        self._lost.pop(key, None)
-        self._lost[key] = None
+    def _misses(self, tokens: Tokens, space: Hashable, start: int) -> None:
+        """A sequence of `tokens` has the first `start` of them. What is gone might have had more:
+        the share counts that of it which is gone."""
+        key, most, best = key_of(tokens, space), 0.0, -1
+        for i, (other, lost) in enumerate(self._lost):
+            if other == key and (n := n_common(lost, tokens)) > start:
+                share = (n - start) / (len(lost) - start)
+                if share > most:
+                    most, best = share, i
+        if self._asked_again(most):
+            del self._lost[best]
+
+    def _lose(self, key: Key, tokens: Tokens) -> None:
+        """A prefix is not cached, and what a sequence has started from it proves nothing yet."""
+        self._lost.append((key, tokens))
         if len(self._lost) > self._n_lost:
-            self._lost.popitem(last=False)
+            del self._lost[0]
             self._reused -= LEARNED * self._reused
 
     def drop(self, slot: int) -> None:

@@ -215,11 +215,11 @@ def test_what_is_cached_is_preempted_the_oldest_first() -> None:
 
 @pytest.mark.parametrize("again", [True, False])
 def test_a_prefix_goes_when_it_has_paid_what_it_is_likely_to_save(again: bool) -> None:
-    """All of it where a sequence has started from it, half where nothing is known."""
+    """The share that a sequence has started from, half where nothing is known."""
     rig, tokens = Rig(UNIFIED), text(0, 60)
     rig.run(tokens)
     if again:
-        slot, _ = rig.start(branch(tokens, 40, 10))
+        slot, _ = rig.start(branch(tokens, 48, 10))
         rig.end(slot, known=False)
     for _ in range(3 if again else 1):
         rig.cache.charge(0.25)
@@ -236,7 +236,7 @@ def test_what_is_used_again_has_paid_nothing() -> None:
         slot, hit = rig.start(branch(tokens, 40, 10))
         assert hit.n == 40
         rig.end(slot, known=False)
-        rig.cache.charge(0.75)
+        rig.cache.charge(0.6)
 
 
 def test_where_room_is_short_what_no_sequence_has_started_from_goes_first() -> None:
@@ -258,7 +258,7 @@ def test_where_room_is_short_what_no_sequence_has_started_from_goes_first() -> N
 def test_what_room_was_taken_from_pays_on_with_the_rest() -> None:
     rig, used = Rig(UNIFIED), text(0, 200)
     rig.run(used)
-    slot, _ = rig.start(branch(used, 40, 10))
+    slot, _ = rig.start(branch(used, 150, 10))
     rig.end(slot, known=False)
     slot, _ = rig.start(text(1, 150))
     rig.advance(slot, 150)
@@ -308,6 +308,20 @@ def test_what_is_asked_for_when_it_is_gone_counts_as_asked_for_again() -> None:
         paid(seed)
         paid(seed)
     assert paid(300) > 0.5
+
+
+@pytest.mark.parametrize("tail", [100, 0])
+def test_what_all_begin_with_is_no_reason_to_cache_the_rest(tail: int) -> None:
+    """As a chat template's header. Where all of a prompt comes again, it is."""
+    rig, header = Rig(UNIFIED), text(0, 16)
+    rest, n_cached = text(1, 100 - tail), 0
+    for seed in range(100):
+        rig.run(np.concatenate((header, rest, text(100 + seed, tail))))
+        for _ in range(8):
+            rig.cache.charge(1 / 32)
+        rig.check()
+        n_cached += rig.accounting.used if seed >= 50 else 0
+    assert (n_cached == 0) == (tail > 0)
 
 
 def test_nothing_is_cached_when_it_is_not_wanted() -> None:
