@@ -149,7 +149,7 @@ drafts::rows drafts::draft(const plb_engine & engine, llama_seq_id seq) {
             chance[i] = likely;
         }
     }
-    const bool catches_up = n == 0 && model_ != nullptr;
+    const bool catches_up = n == 0 && model_ != nullptr && model_->sequences[(size_t) seq].followed;
     return {seq, 0, 0, catches_up ? 0 : most, n, 0};
 }
 
@@ -286,7 +286,9 @@ void drafts::note(const plb_engine & engine, const rows & r, int32_t n_right) {
     plb_slot & slot = *engine.slots[r.seq];
     if (r.n_asked > 0 && !slot.history.has_room()) {
         slot.record.note(r.n_asked, r.n_drafted, n_right);
-        usual_.note(r.n_asked, r.n_drafted, n_right);
+        if (model_ == nullptr || r.n_drafted > 0) { // one that the model does not follow says nothing of others
+            usual_.note(r.n_asked, r.n_drafted, n_right);
+        }
     }
 }
 

@@ -144,6 +144,7 @@ void as_many_as_wanted(const char * path) {
     CHECK_EQ(p.run({0, 1}, 2, 0).n_drafted, 0);
     CHECK(p.drafts.right[0] > 0.5f); // hopeful: it was never tried
     CHECK_EQ(p.run({0, 1}, 1, 2).n_drafted, 2);
+    CHECK(p.drafts.found[0] > p.drafts.found[MOST]); // which has learnt that it gets none
     CHECK_EQ(plb_draft_model_attach(p.draft, 0), PLB_OK);
     CHECK_EQ(p.run({0, 1}, 2, MOST).n_drafted, 0);
     const llama_seq_id slot = 0;
