@@ -191,6 +191,7 @@ class Drafting:
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
         self._n_passed = 0  # unless so many steps have passed: these may be others by now
         self.looked = False  # for the next step
+        self.stands = 0  # steps for which the last look has said that there are none
         self.cuts = 0  # steps after which its call ends for that alone,
         self._cut = False  # as the one before did
         self._n_changes = 0  # when it was planned
@@ -200,11 +201,12 @@ class Drafting:
     @property
     def due(self) -> int | None:
         """After how many steps drafts are to be looked at, 0: before the next one; None: that is
-        not paid for. At first a turn is timed without a look, and the steps that follow it."""
+        not paid for. At first a turn is timed without a look, and the steps that follow it. That
+        there are none stands while none comes or goes, also where something ends a call sooner."""
         if not self._pays_for(0.0):
             return None
         if self._turn is not None:
-            return 0
+            return self.stands
         return _CALM if self.limits.drafts_move_sampling else _ENOUGH
 
     def _pays_for(self, seconds: float) -> bool:
@@ -214,7 +216,8 @@ class Drafting:
 
     def planned(self, n_changes: int) -> None:
         """The next step is about to be planned. n_changes: see `Sequences`."""
-        self._cut = self.cuts > 0 and n_changes == self._n_changes
+        same = n_changes == self._n_changes
+        self._cut, self.stands = self.cuts > 0 and same, self.stands * same
         self._n_changes, self.looked, self.cuts = n_changes, False, 0
 
     def turned(self, seconds: float, *, prompts: bool) -> None:
@@ -252,6 +255,7 @@ class Drafting:
         """`n_steps` steps have decoded for so many seconds (0: that is not known), and might have
         had drafts or not (`asked`). Whether that is all to be told of them: else `observe` is."""
         self._n_passed += n_steps
+        self.stands = max(0, self.stands - n_steps)
         if asked or self.looked or self._pays_for(seconds) or self._lingers():
             return False
         self._off += n_steps

@@ -322,6 +322,8 @@ class Scheduler:
         step = self._builder.build(plan, rows, preempted, admitted, moved)
         if self.drafting is not None:
             self.drafting.cuts = plan.repeat if plan.cut else 0
+            if self.drafting.looked:
+                self.drafting.stands = 0 if plan.drafts else self.drafting.cuts
             for _, source, slot in step.moved:
                 self.drafting.move(source, slot)
         return step

@@ -9,6 +9,7 @@ from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import KvOptions, Limits, Scheduler
 from pyllamabatch.scheduler.drafting import _LOST_MOST, Drafted, Drafting
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
+from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.step import Step
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Known
@@ -100,3 +101,36 @@ def test_a_turn_that_was_disturbed_stops_no_drafts_for_long() -> None:
     assert [lost(2e-4) for _ in range(20)] == pytest.approx([1e-4] * 20)
     assert lost(0.5) == pytest.approx(_LOST_MOST * 1e-4)
     assert lost(0.5) == lost(0.5) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_that_there_are_no_drafts_stands_where_something_ends_a_call_sooner() -> None:
+    looks: list[int] = []
+
+    def speculate(builder: PlanBuilder) -> Speculation:
+        view = builder.view
+        assert view.drafts is not None
+        if view.drafts_in == 0:
+            looks.append(view.step)
+            view.drafts()
+        return Speculation({}, view.drafts_in or 12)
+
+    scheduler = Scheduler(STREAMS, ComposedPolicy(speculate=speculate, repeat=64), cost=PLAIN)
+    drafting = scheduler.drafting
+    assert drafting is not None
+    drafting.credit = 1.0
+    scheduler.add(1, 1, 90, arrival=0.0)
+
+    def computed(n: int) -> None:
+        step = scheduler.plan(0.0)
+        assert step is not None
+        drafting.turned(0.0, prompts=False)
+        drafting.passes(n, 0.01, asked=False)
+        scheduler.advance(step, n)
+
+    for n in (1, 5, 5, 2, 3):  # the first turn has none
+        computed(n)
+    assert looks == [1, 13]
+    scheduler.add(2, 1, 90, arrival=0.0)  # no policy is asked in its first step
+    computed(1)
+    computed(1)
+    assert looks == [1, 13, 17]
