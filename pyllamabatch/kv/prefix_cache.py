@@ -357,7 +357,6 @@ class PrefixCache:
                 self.kv_operations.append(KvOperation("trim", slot, n=left))
                 self.changed.add(self._known[slot][0])
             else:
-                self._paid = max(self._paid, self._cached[slot])
                 self._evict(slot)
 
     def charge(self, price: float) -> None:
@@ -375,6 +374,8 @@ class PrefixCache:
         return sorted(self._cached, key=key)
 
     def _evict(self, slot: int) -> None:
+        """All others have paid as much as this one had to."""
+        self._paid = max(self._paid, self._cached[slot])
         if self._proven.get(slot, 0.0) <= self._reused:
             self._lose(*self._known[slot])
         self.drop(slot)
@@ -443,7 +444,6 @@ class PrefixCache:
             found = [s for s in self._by_worth() if s != besides and (s >= first) == behind]
             if not found:
                 return None
-            self._paid = max(self._paid, self._cached[found[0]])
             self._evict(found[0])
         wanted = [slot for slot in self.next_slots if slot in heap]
         return self._take(wanted[0]) if wanted else heapq.heappop(heap)

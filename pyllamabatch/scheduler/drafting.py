@@ -226,14 +226,13 @@ class Drafting:
         nothing but a look at drafts has ended the step before, nothing has changed, and none has
         joined: without a drafter, what came before would have gone on. Else what it takes longer
         than a turn for decoding does without a look."""
-        lost = 0.0
+        known, lost = seconds if self._turn is None else self._turn, 0.0
         if self._cut and not prompts:
             lost = seconds
         elif self.looked:
-            self._turn = seconds if self._turn is None else min(self._turn, seconds)
+            self._turn = min(known, seconds)
             lost = seconds - self._turn
         elif not prompts:
-            known = seconds if self._turn is None else self._turn
             self._turn = known + (seconds - known) * _LEARNED
         if lost > 0 and self._turn is not None:  # of the first one that is off, as of steps' times
             most = _LOST_MOST * max(self._turn, self._look)

@@ -301,7 +301,7 @@ class Scheduler:
         if self._goes_back():
             return self._become_streams()
         if self._outgrown:
-            return self._become_pool()
+            return self._become_pool(self.cost)
         sequences = self.sequences
         sequences.now, self.idle_sequences.ready_at = now, None
         preempted = self._preempt_idle()
@@ -328,10 +328,11 @@ class Scheduler:
                 self.drafting.move(source, slot)
         return step
 
-    def _become_pool(self) -> Step:
+    def _become_pool(self, streams: StepCost | None) -> Step:
+        """streams: what their steps take; None: the pool stays."""
         assert self._pool is not None
         assert self._way_back is not None
-        self._way_back.to_pool(self.cost)
+        self._way_back.to_pool(streams)
         pool, self._pool = self._pool, None
         return self._become("pool", pool)
 
@@ -343,11 +344,7 @@ class Scheduler:
 
     def stay_pool(self) -> None:
         """The streams that a step said can't be had: there is a pool, from now on for good."""
-        assert self._way_back is not None
-        assert self._pool is not None
-        self._way_back.to_pool(None)
-        pool, self._pool = self._pool, None
-        self._become("pool", pool)
+        self._become_pool(None)
 
     def _goes_back(self) -> bool:
         """Whether a pool is streams again from now on."""
