@@ -18,6 +18,7 @@ from ..cost.model import CostModel
 from ..errors import integer, number
 from ..kv import Preemption, SwapSpace
 from ..llama.host import PathLike
+from ..llama.limits import MAX_CTX
 from ..llama.lora import LoraAdapter
 from ..llama.memory import Capabilities
 from ..llama.model import Model
@@ -162,7 +163,7 @@ class Engine:
             speculate=speculate,
         )
         context_params |= {
-            "n_ctx": integer("n_ctx", n_ctx, 0, 2**31),
+            "n_ctx": integer("n_ctx", n_ctx, 0, MAX_CTX),
             "n_batch": n_batch,
             "n_ubatch": n_ubatch,
         }
