@@ -7,8 +7,9 @@ keeps a record of each sequence, also while it has no drafted rows, and the step
 the cost model.
 
 To find out takes time as well: to decide, to try, to bring a draft model to where a sequence is.
-All of that is paid from one account (`Drafting.credit`). A share of the time fills it, and what
-drafts have gained; while it is empty, steps are as if there were no drafter (`Drafting.due`)."""
+All of that is paid from one account (`Drafting.credit`). A share of the time fills it, the smaller
+the more was lost lately, and what drafts have gained; while it is empty, steps are as if there were
+no drafter (`Drafting.due`)."""
 
 from __future__ import annotations
 
@@ -261,10 +262,14 @@ class Drafting:
         self._fill(seconds)
         return True
 
-    def _fill(self, seconds: float) -> None:
+    def _fill(self, seconds: float, gained: float = 0.0) -> None:
         self._seconds += seconds
+        self._gained = self._gained * exp(-seconds / LATELY) + gained
         most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
-        self.credit = min(self.credit + LOSS * seconds, max(most, self._wanted))
+        # What was lost in vain makes the next trial rarer: all of them cost as the root of the time.
+        free = LOSS * ADVANCE + self._wanted
+        share = LOSS * free / (free + max(0.0, -self._gained))
+        self.credit = min(self.credit + gained + share * seconds, max(most, self._wanted))
 
     def observe(
         self,
@@ -336,9 +341,7 @@ class Drafting:
         self._since = self._since * exp(-n_steps / _TRIED) + gained
         if begins:
             gained -= self._moves
-        self._gained = self._gained * exp(-drafted.seconds / LATELY) + gained
-        self.credit += gained
-        self._fill(drafted.seconds)
+        self._fill(drafted.seconds, gained)
 
     def _is_calm(self, width: int) -> bool:
         """Steps of so many rows, or more, had time to be sampled on the device."""
