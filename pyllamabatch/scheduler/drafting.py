@@ -266,7 +266,7 @@ class Drafting:
         self._seconds += seconds
         self._gained = self._gained * exp(-seconds / LATELY) + gained
         most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
-        # What was lost in vain makes the next trial rarer: all of them cost as the root of the time.
+        # Each trial in vain makes the next one rarer: all of them cost as the root of the time.
         free = LOSS * ADVANCE + self._wanted
         share = LOSS * free / (free + max(0.0, -self._gained))
         self.credit = min(self.credit + gained + share * seconds, max(most, self._wanted))
