@@ -20,8 +20,10 @@ from pathlib import Path
 
 from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
+from pyllamabatch.cost.kernels import is_cuda
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
+from pyllamabatch.engine.context_defaults import ubatch
 from pyllamabatch.engine.layout import LEAST_STREAM_CELLS
 from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
 from pyllamabatch.errors import ArgumentError
@@ -39,6 +41,7 @@ from pyllamabatch.sim import (
     simulate,
 )
 from pyllamabatch.sim.replica import OVERHEAD, Moves
+from pyllamabatch.step.native import default_gap_max
 from pyllamabatch.step.trace import to_chrome
 
 SETTINGS = (
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
     add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
-    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=None, prefix_cache=None,
+    add_shared(add, n_batch=2048, n_ubatch=None, kv_unified=None, prefix_cache=True,
                batch_invariant=False)
     add("--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})")
@@ -127,13 +130,19 @@ def run(args: argparse.Namespace) -> int:
             "acceptance", args.acceptance or args.trace, "none with batch_invariant"
         )
     profile = load_profile(args.profile)
+    cuda, on_gpu = is_cuda(profile.key.backend), not profile.key.backend.startswith("CPU")
+    args.n_ubatch = min(ubatch(args.n_ubatch, cuda=cuda, free=inf).value, args.n_batch)
 
     def spec_of(unified: bool) -> EngineSpec:
         cost = CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
+        n, n_cells = args.n_seq_max, args.n_ctx
+        if not unified:  # libllama gives each stream a multiple of so many
+            n_cells = n * 256 * -(-n_cells // n // 256)
         spec = EngineSpec.of(
-            cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
-            n_ubatch=args.n_ubatch, unified=unified, prefix_cache=args.prefix_cache,
-            overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
+            cost, n_seq_max=n, n_cells=n_cells, n_batch=args.n_batch, n_ubatch=args.n_ubatch,
+            unified=unified, prefix_cache=args.prefix_cache, overhead=args.overhead,
+            gap_max=default_gap_max(streams=not unified, on_gpu=on_gpu),
+            batch_invariant=args.batch_invariant, speculate=speculate,
             moves=Moves.of(profile.key.backend),
         )  # fmt: skip
         return replace(spec, latency=args.latency)

@@ -19,7 +19,7 @@ from pyllamabatch.cost.graphs import F64, Graphs, NativeCall
 from pyllamabatch.cost.kernels import is_cuda
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, integer
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
@@ -97,6 +97,8 @@ class EngineSpec:
             raise ArgumentError("speculate", speculate, "False with batch_invariant")
         if batch_invariant and unified:
             raise ArgumentError("unified", unified, "False with batch_invariant")
+        n_batch = integer("n_batch", n_batch, n_seq_max, 2**31 - 1)
+        n_ubatch = min(n_ubatch, n_batch)
         invariance = Invariance.assumed(n_ubatch, n_seq_max) if batch_invariant else None
         n_cached = n_copies(n_seq_max, n_batch, unified=unified) if prefix_cache else 0
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyllamabatch.cli import main
 from pyllamabatch.cli.batch_file import problem_fields
 from pyllamabatch.cli.simulate import split_policies
 from pyllamabatch.cost.profile import profile_folder, shipped_profile
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.server import live
@@ -91,6 +93,39 @@ def test_drafts_move_the_sampling_on_a_device_that_samples(
 
 
 @pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("nvidia-h200-gemma-3-1b-q4_k_m", {}),
+        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", {"n_seq_max": 3, "n_ctx": 2048}),
+        ("m2-ultra-gemma-3-4b-it-qat", {"n_batch": 64, "prefix_cache": False}),
+        ("m2-ultra-gemma-3-4b-it-qat", {"n_seq_max": 31, "n_ctx": 2048, "kv_unified": False}),
+    ],
+)
+def test_the_engine_is_the_live_one_of_these_options(
+    monkeypatch: pytest.MonkeyPatch, profile: str, words: dict[str, Any]
+) -> None:
+    seen: list[EngineSpec] = []
+
+    def simulated(requests: Any, spec: EngineSpec, *args: Any, **options: Any) -> Simulated:
+        seen.append(spec)
+        return simulate(requests, spec, *args, **options)
+
+    monkeypatch.setattr("pyllamabatch.cli.simulate.simulate", simulated)
+    flags = []
+    for name, value in words.items():
+        flag = name.replace("_", "-")
+        flags += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    assert main(["simulate", "--profile", profile, *TRACE, *flags]) == 0
+    (spec,) = seen
+    sizes = {"n_seq_max": 16, "n_ctx": 32768, **words}
+    with Engine(machine=profile, speculate=None, **sizes) as engine:
+        cache, limits = engine._core.scheduler.admission.cache, engine.limits
+        assert replace(spec.limits, fills=limits.fills) == limits
+        assert replace(spec.sharing, tries=cache.sharing.tries) == cache.sharing
+        assert spec.retain == cache.retain
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ([*PROFILE, "--trace", "none.csv"], "none.csv"),
@@ -99,6 +134,7 @@ def test_drafts_move_the_sampling_on_a_device_that_samples(
         ([*PROFILE, *TRACE, "--policy", "fcfs,fcfs"], "every one once"),
         ([*PROFILE, *TRACE, "--slo", "speed=1"], "slo"),
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
+        ([*PROFILE, *TRACE, "-b", "8"], "n_batch=8: must be in 16.."),
         ([*PROFILE, *TRACE, "--latency", "inf"], "latency"),
         ([*PROFILE, *TRACE, "--steps", "/no/such/folder/x"], "/no/such/folder"),
         ([*PROFILE, *TRACE, "--steps", "x", "--policy", "fcfs,sarathi"], "one policy"),
