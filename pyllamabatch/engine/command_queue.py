@@ -30,7 +30,7 @@ class CommandQueue:
         self.closed = False
         self.draining = False
         self.error: BaseException | None = None  # what closed it, if it was not `close`
-        self._process = Process()
+        self.process = Process()
         self._interrupt = interrupt
         self._max_waiting = max_waiting
         self._commands: list[Command] = []
@@ -55,7 +55,7 @@ class CommandQueue:
     def keep_alive(self) -> Iterator[None]:
         """The model and the stepper stay open inside. EngineClosed when they are closed. Nothing is
         awaited inside: `close` waits for its end, also in the event loop."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             self._check_open()
             self._n_users += 1
@@ -73,7 +73,7 @@ class CommandQueue:
         """`command` adds `n` requests. EngineClosed, EngineDraining, and QueueFull when there is no
         room for all of them within `timeout` seconds (None: however long it takes). `anyway`: they
         come in then, because they are over."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             if self._max_waiting is not None:
                 self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
@@ -88,7 +88,7 @@ class CommandQueue:
     def ask(self, command: Command, *, more: bool = False) -> None:
         """`command` is of an interactive sequence. `more`: it brings more to compute. EngineClosed,
         and EngineDraining where it brings more."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             if more:
                 self._check_taking()
@@ -101,7 +101,7 @@ class CommandQueue:
         """`command` asks for a token. True: no thread leads, so the caller does, until it calls
         `stop_leading`. False: another one leads, whose next step may wait for more of these. Raises
         as `ask`."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             self._check_taking()
             if not self._led:
@@ -118,7 +118,7 @@ class CommandQueue:
     def post(self, command: Command) -> None:
         """Also taken when it is closed, but the core thread may have ended then; not in a forked
         child, which has none."""
-        if not self._process.is_here:
+        if not self.process.is_here:
             return
         with self._lock:
             self._put(command)
@@ -127,7 +127,7 @@ class CommandQueue:
     def close(self, last: Command) -> None:
         """Nothing is submitted or asked for any more. `last` comes behind what is there. In a
         forked child nothing happens."""
-        if not self._process.is_here:
+        if not self.process.is_here:
             return
         with self._lock:
             self.closed = True
@@ -138,7 +138,7 @@ class CommandQueue:
     def drain(self) -> Future[bool]:
         """Nothing more to compute comes in until `resume`. The result: True when all that was there
         has ended, False when it was resumed before."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             self.draining = True
             self._tell_room()
@@ -150,6 +150,7 @@ class CommandQueue:
 
     def resume(self) -> None:
         """EngineClosed."""
+        self.process.check()
         with self._lock:
             self._check_open()
             self.draining = False
@@ -188,7 +189,7 @@ class CommandQueue:
     def lead_at_once(self) -> bool:
         """Lead, if no thread does and there are no commands, until `stop_leading`. Raises as
         `ask_or_lead`."""
-        self._process.check()
+        self.process.check()
         with self._lock:
             if self.closed or self.draining:
                 self._check_taking()

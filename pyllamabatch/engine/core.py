@@ -14,10 +14,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
 from ..errors import (
     CellsUnavailable,
@@ -243,6 +244,12 @@ class EngineCore:
         if self.thread.is_alive():
             self.commands.post(self._cancel_all)
             self.thread.join()
+
+    def seen(self) -> AbstractContextManager[Any]:
+        """`state`, for those who only look. EngineClosed in a forked child, where it may be held
+        for ever."""
+        self.commands.process.check()
+        return self.state
 
     def is_own_thread(self) -> bool:
         """Whether the caller would wait for itself."""

@@ -433,7 +433,7 @@ class Engine:
         core = self._core
         if core.trace is None:
             return np.zeros(0, dtype=trace_dtype(core.scheduler.n_slots))
-        with core.state:
+        with core.seen():
             table = core.trace.snapshot(n)
         return table()
 

@@ -96,7 +96,7 @@ class SlotState(NamedTuple):
 
 def slots_of(core: EngineCore) -> list[SlotState]:
     """Of every slot, between two calls."""
-    with core.state:
+    with core.seen():
         core.settle()
         states = []
         for slot, request in enumerate(core.table.at[: core.scheduler.limits.n_seq_max]):
@@ -112,7 +112,7 @@ def slots_of(core: EngineCore) -> list[SlotState]:
 
 def stats_of(core: EngineCore) -> EngineStats:
     """At this moment, steps of a call that still goes on included."""
-    with core.state:
+    with core.seen():
         core.settle()
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
         counters, interactive = scheduler.counters, core.table.interactive

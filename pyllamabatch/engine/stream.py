@@ -206,6 +206,7 @@ class Stream:
         that computes a part of its prompt, but the last one, which gives its first token. By the
         engine's own thread: it must be quick, and may not ask the stream. What it raises is logged,
         and it is not called again."""
+        self._check_process()
         with self._lock:
             self._prompt_callback = callback
             if self._admitted_at is not None:
@@ -215,6 +216,7 @@ class Stream:
 
     def times(self) -> TimesSoFar:
         """What it has taken so far."""
+        self._check_process()
         with self._lock:
             first, admitted, since = self._first_at, self._admitted_at, self.submitted_at
             return TimesSoFar(

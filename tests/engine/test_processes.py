@@ -66,6 +66,11 @@ if child == 0:
         lambda: engine.sequence().prompt("a"),
         sequence.sample,
         engine.drain,
+        engine.resume,
+        engine.stats,
+        engine.slots,
+        engine.trace,
+        stream.times,
         lambda: engine.embed(["a"]),
         lambda: embedder.embed(["a"]),
     ):
@@ -114,7 +119,7 @@ def run(code: str) -> Done:
     [
         (INTERRUPTED, ["interrupted", "3"]),
         (OPEN_STREAMS, ["leaving"]),
-        (FORKED, [*[IN_CHILD] * 8, "3", "7 3"]),
+        (FORKED, [*[IN_CHILD] * 13, "3", "7 3"]),
     ],
     ids=["Ctrl-C", "open streams", "fork"],
 )
