@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.sim.workload import DRAWN, Piece, TraceRequest, acceptance_of, draw
+from pyllamabatch.sim.workload import DRAWN, LONGEST, Piece, TraceRequest, acceptance_of, draw
 
 BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with
@@ -62,6 +62,8 @@ def load_trace(
             elif path.suffix == ".json":
                 talks = _Talks(count, rate or 1.0, seed)
                 items, first, read = json.load(file), 1, talks.sharegpt
+                if not isinstance(items, list):
+                    raise ArgumentError("trace", spec, "a list of conversations")
             else:
                 raise ArgumentError("trace", spec, f"a .csv, .jsonl, .json, or {', '.join(DRAWN)}")
             for number, item in enumerate(items, first):
@@ -72,7 +74,7 @@ def load_trace(
                     raise ArgumentError("trace", spec, detail) from None
                 if n is not None and len(requests) >= n:
                     break
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ArgumentError("trace", spec, str(error)) from None
     if not requests:
         raise ArgumentError("trace", spec, "has no requests")
@@ -93,7 +95,10 @@ def at_rate(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
 
 
 def _seconds(milliseconds: Any) -> float:
-    return float(milliseconds) / 1e3
+    seconds = float(milliseconds) / 1e3
+    if not 0 <= seconds < 1e12:
+        raise ValueError(f"{milliseconds} ms is no time from 0 on")
+    return seconds
 
 
 def _share(value: Any) -> float:
@@ -164,7 +169,7 @@ class _Lines:
 
     def _request(self, arrival: float, row: Row, after: int | None = None) -> TraceRequest:
         n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
-        if n_prompt < 1 or n_output < 1 or not 0 <= arrival < 1e12:
+        if not (1 <= n_prompt <= LONGEST and 1 <= n_output <= LONGEST and 0 <= arrival < 1e12):
             raise ValueError(f"no such request: {n_prompt} and {n_output} tokens at {arrival} s")
         more = {
             name: read(row[field])
@@ -173,7 +178,7 @@ class _Lines:
         }
         for name in _IN_MS & row.keys():
             raise ValueError(f"{name} is {name}_ms in a trace")
-        if 0 < more.get("max_tokens", 0) < n_output:
+        if (budget := more.get("max_tokens")) and budget < n_output:
             raise ValueError("max_tokens below output_length")
         block, ids = int(row.get("block_size", BLOCK)), row.get("hash_ids") or ()
         if ids and (block < 1 or len(ids) != -(-n_prompt // block)):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pyllamabatch.errors import ArgumentError
 
 Piece = tuple[int, int]
+LONGEST = 2**30  # tokens of a prompt, or of an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ def draw_lengths(text: str, rng: np.random.Generator, n: int, name: str = "lengt
             a, b = int(first), int(last or first)
     except ValueError:
         pass
-    if a < 1 or not 0 <= spread < 10 or (not spread and b < a):
+    if not 1 <= a <= LONGEST or not 0 <= spread < 10 or (not spread and not a <= b <= LONGEST):
         raise ArgumentError(name, text, "like 512, 100-1000 or 512~0.8 (log-normal)")
     if spread:
         lengths = np.rint(np.exp(rng.normal(np.log(a), spread, n)))
-        drawn = np.clip(lengths, 1, 2**30).astype(np.int64)
+        drawn = np.clip(lengths, 1, LONGEST).astype(np.int64)
     else:
         drawn = rng.integers(a, b, n, endpoint=True)
     found: list[int] = drawn.tolist()
@@ -121,7 +122,7 @@ def acceptance_of(n_drafts: int, n_drafted: int, n_accepted: int) -> float | Non
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("n", "prefixes", "clients"), (1, 10**8)),
-    "prefix": (0, 2**30),
+    "prefix": (0, LONGEST),
     "rate": (1e-9, 1e9),
     "cv": (0.01, 100),
     "think": (0, 1e9),

@@ -62,6 +62,7 @@ def test_some_begin_in_the_same_way() -> None:
         ("poisson:rate=1,prompt=0", "prompt='0'"),
         ("poisson:rate=1,output=9-3", "output='9-3'"),
         ("poisson:rate=1,prompt=many", "prompt='many'"),
+        ("poisson:rate=1,prompt=1-99999999999999999999", "prompt='1-9"),
         ("poisson:rate=1,prefix=-1", "prefix"),
         ("poisson:rate=1,prefix=5,prefixes=0", "prefixes"),
         ("gamma:rate=1,cv=0", "cv"),
