@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(shipped_names()))
     add("--trace", required=True, metavar="FILE|SPEC", help="the requests")
     add("--load", type=float, metavar="SHARE",
-        help="stretch arrivals to this share of what the engine can do; above 1 it is overloaded")
+        help="stretch arrivals to this share of what the engines can do; above 1 they are "
+        "overloaded")
     add("--policy", default=DEFAULT, metavar="A,B,…",
         help=f"policies, each NAME, module:name or file.py:name with options as in "
         f"slo:margin=0.8 ({DEFAULT})")
@@ -107,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("overhead", "latency"):
         if not 0 <= (seconds := getattr(args, name)) < inf:
             raise ArgumentError(name, seconds, "seconds, at least 0")
-    if args.steps is not None:
-        if len(policies) > 1 or args.replicas > 1:
-            raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
-        open(args.steps, "a").close()  # a bad name is said before anything runs
+    if args.steps is not None and (len(policies) > 1 or args.replicas > 1):
+        raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
+    for path in filter(None, (args.steps, args.jsonl, args.markdown, args.html)):
+        open(path, "a").close()  # a bad name is said before anything runs
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     requests = [  # for policies that look at them
         replace(
@@ -153,19 +155,11 @@ def run(args: argparse.Namespace) -> int:
     spec = spec_of(args.kv_unified)
     if chooses and not (args.kv_unified or args.batch_invariant):
         spec = replace(spec, pool=spec_of(True))
+    fleet: dict[str, Any] = {"n_replicas": args.replicas, "router": args.router}
     if args.load is not None:
-        requests = at_load(requests, spec, policies[0], args.load)
-    runs = [
-        simulate(
-            requests,
-            spec,
-            policy,
-            n_replicas=args.replicas,
-            router=args.router,
-            n_trace=0 if args.steps is None else N_TRACE,
-        )
-        for policy in policies
-    ]
+        requests = at_load(requests, spec, policies[0], args.load, **fleet)
+    n_trace = 0 if args.steps is None else N_TRACE
+    runs = [simulate(requests, spec, policy, n_trace=n_trace, **fleet) for policy in policies]
     summaries = {run.policy: run.summary(slo) for run in runs}
     trace = Path(args.trace).name if Path(args.trace).is_file() else args.trace
     title = f"{trace} on {profile.key.device}, {profile.about.get('model') or 'unknown model'}"

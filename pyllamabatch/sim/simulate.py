@@ -130,13 +130,18 @@ def at_load(
     spec: EngineSpec,
     policy: str | Policy | Callable[[], Policy],
     load: float,
+    *,
+    n_replicas: int = 1,
+    router: str = "least-outstanding",
 ) -> list[TraceRequest]:
-    """Their arrivals stretched to `load` times the engine's capacity: the requests a second that
-    end when all of them arrive at once. Raises ArgumentError."""
+    """Their arrivals stretched to `load` times the capacity of such engines: the requests a second
+    that end when all of them arrive at once. Raises ArgumentError."""
     if not 0 < load < 100:
         raise ArgumentError("load", load, "a share of the engine's capacity, 0.6 say")
     if any(request.after is not None for request in requests):
         raise ArgumentError("load", load, "arrivals of a trace without sessions")
     at_once = [replace(request, arrival=0.0, deadline=None) for request in requests]
-    capacity = simulate(at_once, spec, policy).summary()["requests_per_s"]
+    run = simulate(at_once, spec, policy, n_replicas=n_replicas, router=router)
+    if not (capacity := run.summary().get("requests_per_s", 0.0)):
+        raise ArgumentError("load", load, "a trace with requests that fit the engine")
     return at_rate(list(requests), load * capacity)

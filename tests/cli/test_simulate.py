@@ -136,10 +136,8 @@ def test_the_engine_is_the_live_one_of_these_options(
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
         ([*PROFILE, *TRACE, "-b", "8"], "n_batch=8: must be in 16.."),
         ([*PROFILE, *TRACE, "--latency", "inf"], "latency"),
-        ([*PROFILE, *TRACE, "--steps", "/no/such/folder/x"], "/no/such/folder"),
         ([*PROFILE, *TRACE, "--steps", "x", "--policy", "fcfs,sarathi"], "one policy"),
         ([*PROFILE, *TRACE, "--steps", "x", "--replicas", "2"], "one replica"),
-        ([*PROFILE, *TRACE, "--jsonl", "/no/such/folder/x"], "/no/such/folder"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -147,6 +145,16 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert main(words) in (1, 2)
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["steps", "jsonl", "markdown", "html"])
+def test_a_file_that_can_not_be_written_is_said_before_anything_runs(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*PROFILE, *TRACE, f"--{file}", "/no/such/folder/x"]) in (1, 2)
+    said = capsys.readouterr()
+    assert "/no/such/folder" in said.err
+    assert not said.out
 
 
 def test_a_routers_name_may_be_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
