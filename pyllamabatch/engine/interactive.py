@@ -133,7 +133,7 @@ class InteractiveSink(Sink):
             self._kv.flush()  # a state that was not loaded yet goes before this one is stored
         self._begin(saved.tokens, sampler)
         if saved.params is not None:
-            request.n_given = saved.n_prompt
+            request.params, request.n_given = saved.params, saved.n_prompt
         request.arrival, n_saved = perf_counter(), 0
         if self._scheduler.loads(saved.how):
             request.state, n_saved = data, saved.n_computed

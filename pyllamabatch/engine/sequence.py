@@ -209,7 +209,6 @@ class Sequence:
                     sampler = self._sampler(saved.tokens)
                 else:
                     sampler = inputs.saved_sampler(saved)
-                    request.params = saved.params
             self._call(partial(self._sink.restore, saved, data, sampler))
             self._reset_text()
 

@@ -16,6 +16,7 @@ from pyllamabatch.llama import limits
 from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.pressure import Pressure
+from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import check_idle, engine_on, greedy, held
 from tests.support.made_up_costs import Linear
 from tests.support.models_gguf import gguf_path
@@ -205,6 +206,21 @@ def test_memory_that_others_have_taken_meanwhile_fails_what_needs_it(
         assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
         assert bytes_of_cells(engine) == before
         assert engine.n_ctx == 8192
+
+
+def test_a_sequence_that_is_not_restored_is_as_it_was(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=8192) as engine:
+        with engine.sequence(greedy()) as one:
+            one.prompt([1, 5, 6])
+            data = one.snapshot()
+        told_to_shrink(engine)
+        monkeypatch.setattr(limits, "host_available", lambda: 0)
+        with engine.sequence(SamplingParams(seed=7)) as other:
+            with pytest.raises(ContextCreateError, match="GiB are available"):
+                other.restore(data)
+            assert (other.params.seed, other.params.temperature, other.tokens) == (7, 0.8, [])
 
 
 @pytest.mark.parametrize("room", [True, False])
