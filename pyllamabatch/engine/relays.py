@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from ..errors import QueueFull
 from .results import Chunk, Result
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 
 class Relay:
-    """The way into one event loop."""
+    """The way into one event loop, which it does not keep alive."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)
         self._lock = threading.Lock()
         self._due: list[Callable[[], None]] = []
 
     def future(self) -> tuple[asyncio.Future[None], Callable[[], None]]:
-        """A future of the loop, and what completes it: from any thread, also more than once."""
-        future: asyncio.Future[None] = self._loop.create_future()
+        """A future of the loop, and what completes it: from any thread, also more than once. In
+        the loop."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         return future, self.call_of(partial(_complete, future))
 
     def call_of(self, call: Callable[[], None]) -> Callable[[], None]:
@@ -46,10 +47,14 @@ class Relay:
             self._due.append(call)
             if len(self._due) > 1:
                 return  # the loop has been told already
+        loop = self._loop()
         try:
-            self._loop.call_soon_threadsafe(self._run)
-        except RuntimeError:  # the loop is closed, and its tasks with it
-            self._due.clear()
+            if loop is not None:
+                loop.call_soon_threadsafe(self._run)
+                return
+        except RuntimeError:
+            pass
+        self._due.clear()  # the loop is closed, and its tasks with it
 
     def _run(self) -> None:
         with self._lock:
@@ -68,7 +73,8 @@ class Relays:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of: WeakKeyDictionary[asyncio.AbstractEventLoop, Relay] = WeakKeyDictionary()
+        self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Relay]
+        self._of = weakref.WeakKeyDictionary()
 
     def here(self) -> Relay:
         loop = asyncio.get_running_loop()

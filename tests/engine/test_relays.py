@@ -1,7 +1,9 @@
 """asyncio: the same tokens as threads get, tasks that are cancelled, a line that is full."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable
 from contextlib import aclosing
 from typing import Any
@@ -202,6 +204,20 @@ def test_closing_in_the_loop_ends_waits_for_room(model: Model) -> None:
         ends = asyncio.run(run())
     refused = [end for end in ends if isinstance(end, EngineClosed)]
     assert len(refused) >= len(ends) - 2  # one ran, one waited for its slot
+
+
+def test_an_engine_keeps_no_loop_that_is_over(model: Model) -> None:
+    with engine_on(model) as engine:
+
+        async def run() -> weakref.ref[asyncio.AbstractEventLoop]:
+            await collect(engine, PROMPTS[0])
+            await engine.agenerate(PROMPTS, greedy())
+            return weakref.ref(asyncio.get_running_loop())
+
+        loop = asyncio.run(run())
+        check_done(engine)
+        gc.collect()
+        assert loop() is None
 
 
 def test_a_loop_is_told_once_for_many_tasks() -> None:
