@@ -139,24 +139,24 @@ class CostModel(StepCost):
 
         The factor of their regime moves towards the measurement. Regimes that were never observed
         follow the mean of those of the same kind (with or without prompt rows): the device may be
-        faster or slower today. One call can't move a factor far, and it stays between a quarter and
-        four times the fit. A prior's factors are not limited: its level is a guess."""
+        faster or slower today. What counts is the mean of speeds, so that a disturbed call can't
+        move a factor far, and it stays between a quarter and four times the fit. A prior's factors
+        are not limited: its level is a guess, and what the first call of all says."""
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
         expected = self.predict(rows, prefill, kv, n_seqs)
         if not expected > 0:  # a fit of few samples may know nothing of a regime
             return
-        ratio, n_steps = seconds / expected, min(n_steps, _CALL_COUNTS)
-        first, self._seen[at] = not self._seen[at], min(self._seen[at] + n_steps, _SEEN_MAX)
+        ratio, n_steps, level = seconds / expected, min(n_steps, _CALL_COUNTS), not self.absolute
+        self._seen[at] = min(self._seen[at] + n_steps, _SEEN_MAX)
+        if level:
+            self._scale = [scale * ratio for scale in self._scale]
+            return
         if self.calibrated:
             ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
-        elif first:  # the level, for every regime that nothing is known of
-            for i, seen in enumerate(self._seen):
-                if i == at or not seen:
-                    self._scale[i] *= ratio
-            return
-        moved = 1.0 + (min(ratio, 4.0) - 1.0) * n_steps / (self._seen[at] + _FIT_COUNTS)
+        weight = n_steps / (self._seen[at] + _FIT_COUNTS)
+        moved = 1.0 / (1.0 + (1.0 / ratio - 1.0) * weight)
         self._move(at, moved)
         alike = range(at % 2, len(self._scale), 2)
         unseen = [i for i in alike if not self._seen[i]]
