@@ -13,7 +13,7 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from ..errors import ArgumentError, unknown_keyword
+from ..errors import ArgumentError, GrammarError, unknown_keyword
 from ..step.sampling_params import SEED_MAX
 from .errors import ApiError, invalid
 
@@ -230,7 +230,8 @@ class SamplingBody(Body):
     timings_per_token: each event of a stream has the timings so far. return_progress: it has events
     before the first token that say how much of the prompt is computed."""
 
-    NAME_OF_LOGPROBS: ClassVar[str] = "logprobs"
+    NAMES: ClassVar[Mapping[str, str]] = {}
+    """Where a body has other names than the fields that it sets: theirs by these fields."""
 
     model: str = ""
     stream: bool = False
@@ -296,7 +297,7 @@ class SamplingBody(Body):
         if self.samplers is not None:
             fields |= without_others(samplers_named(self.samplers))
         if self.stop is not None:
-            fields["stop"] = stops_of(self.stop)
+            fields["stop"] = stops_of(self.stop, self.name_of("stop"))
         if self.seed is not None and self.seed != -1:
             fields["seed"] = self.seed % (SEED_MAX + 1)
         schema = self.schema_wanted()
@@ -306,11 +307,23 @@ class SamplingBody(Body):
             fields["logprobs"] = n_logprobs
         return fields
 
+    def name_of(self, field: str) -> str:
+        """The name that the body has for a field of `SamplingParams`."""
+        if field == "json_schema" and self.response_format is not None:
+            field = "response_format"
+        names = [name for name, of in RENAMED.items() if of == field]
+        given = (name for name in names if getattr(self, name) is not None)
+        return self.NAMES.get(field) or next(given, field)
+
     def named(self, error: ArgumentError) -> ApiError:
         """An error of `SamplingParams`, by the name that the body has for the field."""
-        names = [n for n, field in RENAMED.items() if field == error.argument]
-        given = (name for name in names if getattr(self, name) is not None)
-        return invalid(next(given, error.argument), error.value, error.limit)
+        return invalid(self.name_of(error.argument), error.value, error.limit)
+
+    def of_grammar(self, error: GrammarError) -> ApiError:
+        """By what the grammar was made of."""
+        made_of = "tools" if self.schema_wanted() is None else self.name_of("json_schema")
+        name = made_of if self.grammar in (None, "") else "grammar"
+        return ApiError(400, f"{name}: {error}", param=name, code="invalid_value")
 
     def schema_wanted(self) -> Mapping[str, Any] | None:
         """The JSON schema of the answer, wherever it was given."""
@@ -351,15 +364,15 @@ def without_others(named: Sequence[str]) -> dict[str, float]:
     return {field: value for off in others for field, value in off.items()}
 
 
-def stops_of(given: str | list[str]) -> tuple[str, ...]:
-    """Texts that end an answer; empty ones are left out."""
+def stops_of(given: str | list[str], name: str) -> tuple[str, ...]:
+    """Texts that end an answer; empty ones are left out. `name`: for errors."""
     stops = [given] if isinstance(given, str) else given
     if len(stops) > STOPS_MAX:
-        raise invalid("stop", f"{len(stops)} texts", f"at most {STOPS_MAX}")
+        raise invalid(name, f"{len(stops)} texts", f"at most {STOPS_MAX}")
     for text in stops:
         if len(text) > STOP_CHARS_MAX:
             limit = f"at most {STOP_CHARS_MAX} in one text"
-            raise invalid("stop", f"{len(text)} characters", limit)
+            raise invalid(name, f"{len(text)} characters", limit)
     return tuple(text for text in stops if text)
 
 

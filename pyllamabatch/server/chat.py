@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from fastapi import Request
 from pydantic import Field
@@ -15,7 +15,7 @@ from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens
 from .answer import respond
 from .bodies import SamplingBody
-from .conversation import Turn, blocks_of, rest_of, turn_of
+from .conversation import Turn, blocks_of, checked, rest_of, turn_of
 from .errors import invalid, json_response
 from .openai_answer import OpenAIAnswer
 from .service import Prepared, Service
@@ -24,7 +24,7 @@ from .service import Prepared, Service
 class ChatBody(SamplingBody):
     """`logprobs`: of each token, with `top_logprobs` of the most likely ones beside it."""
 
-    NAME_OF_LOGPROBS = "top_logprobs"
+    NAMES: ClassVar = {"logprobs": "top_logprobs"}
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
@@ -77,7 +77,8 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
         kwargs["reasoning_effort"] = body.reasoning_effort
     options["template_kwargs"] = kwargs
     options["json_schema"] = body.schema_wanted()
-    return turn_of(service, body.messages, options)
+    messages = [checked(f"messages[{i}]", message) for i, message in enumerate(body.messages)]
+    return turn_of(service, messages, options)
 
 
 class ChatAnswer(OpenAIAnswer):

@@ -41,24 +41,24 @@ class Turn:
 def turn_of(
     service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
 ) -> Turn:
-    """The turn that answers these messages, which are in OpenAI's form, as its tools are."""
+    """The turn that answers these messages, which are `checked`, and in OpenAI's form, as its
+    tools are."""
     options = ChatOptions() if options is None else options
     if service.options.thinking is not None:
         options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)
-    checked = [checked_message(i, message) for i, message in enumerate(messages)]
-    return Turn(*rendered(template, checked, options))
+    return Turn(*rendered(template, messages, options))
 
 
-def checked_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose role is known and whose content is a text or parts."""
+def checked(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose role is known and whose content is a text or parts. `name`: for errors."""
     role = message.get("role")
     if role not in ROLES:
-        raise invalid(f"messages[{i}].role", role, f"must be one of {', '.join(ROLES)}")
+        raise invalid(f"{name}.role", role, f"must be one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and role == "assistant":
         return {**message, "content": None if message.get("tool_calls") else ""}
-    return {**message, "content": content_of(f"messages[{i}].content", content)}
+    return {**message, "content": content_of(f"{name}.content", content)}
 
 
 def content_of(name: str, content: object) -> str | list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import orjson
@@ -17,13 +17,14 @@ from ..llama.chat_message import ChatDelta
 from ..llama.json_limits import check_nesting
 from . import bodies
 from .answer import Answer, named_event, respond
-from .bodies import Body, SamplingBody
+from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
 from .conversation import (
     Block,
     BlockEvent,
     Blocks,
     Turn,
     blocks_of,
+    checked,
     part_of,
     rest_of,
     text_of,
@@ -47,6 +48,8 @@ class OutputConfig(Body):
 class MessagesBody(SamplingBody):
     """`messages` of roles user and assistant; the system's text is `system`."""
 
+    NAMES: ClassVar = {"stop": "stop_sequences", "response_format": "output_config.format"}
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     n: Literal[1] = 1
     system: str | list[dict[str, Any]] = ""
@@ -63,8 +66,6 @@ async def messages(service: Service, request: Request) -> Response:
     if body.max_tokens is None:
         raise invalid("max_tokens", None, "missing")
     body.stop = body.stop_sequences
-    if body.output_config is not None and body.output_config.format is not None:
-        body.json_schema = body.output_config.format.schema_
     turn = await _read_turn(service, body)
     prepared = await service.submit(body, [turn.prompt])
     make = partial(MessagesAnswer, service, body, turn)
@@ -81,6 +82,9 @@ async def count_tokens(service: Service, request: Request) -> Response:
 
 async def _read_turn(service: Service, body: MessagesBody) -> Turn:
     """Apart where it may take long."""
+    if body.output_config is not None and body.output_config.format is not None:
+        schema = JsonSchema(schema=body.output_config.format.schema_)
+        body.response_format = ResponseFormat(type="json_schema", json_schema=schema)
     return await service.run(lambda: _turn(service, body), long=body.makes_long_turn)
 
 
@@ -123,13 +127,14 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
     if body.system:
         found.append({"role": "system", "content": text_of("system", body.system)})
     for i, message in enumerate(body.messages):
-        content = message.get("content")
-        if content == [] and message.get("role") != "assistant":
+        role, content = message.get("role"), message.get("content")
+        if content == [] and role != "assistant":
             raise invalid(f"messages[{i}].content", content, "at least one block")
         if not isinstance(content, list):
-            found.append({"role": message.get("role"), "content": content})
+            found.append(checked(f"messages[{i}]", {"role": role, "content": content}))
             continue
-        found += _of_blocks(f"messages[{i}].content", message.get("role"), content)
+        made = _of_blocks(f"messages[{i}].content", role, content)
+        found += [checked(f"messages[{i}]", one) for one in made]
     return found
 
 

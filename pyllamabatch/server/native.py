@@ -5,7 +5,7 @@ Names and forms are llama-server's. What this engine has not is left out of `gen
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Request
 from pydantic import Field
@@ -31,7 +31,7 @@ class NativeBody(SamplingBody):
     many of the most likely tokens beside each. `response_fields`: only these of an answer, as
     "timings/prompt_n"."""
 
-    NAME_OF_LOGPROBS = "n_probs"
+    NAMES: ClassVar = {"logprobs": "n_probs"}
 
     prompt: MixedPrompt
     n_probs: Annotated[int, Field(ge=0)] = 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 from fastapi import Request
@@ -16,7 +16,17 @@ from ..llama.chat_message import ChatDelta
 from . import bodies, tokens
 from .answer import Answer, named_event, respond
 from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
-from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, turn_of
+from .conversation import (
+    Block,
+    BlockEvent,
+    Blocks,
+    Turn,
+    blocks_of,
+    checked,
+    content_of,
+    rest_of,
+    turn_of,
+)
 from .errors import ApiError, invalid, json_response
 from .service import Service
 
@@ -45,7 +55,7 @@ class ResponsesBody(SamplingBody):
     """`input`: a text, or the items of a conversation. `top_logprobs`: so many of the most likely
     tokens beside each, where `include` asks for log-probabilities."""
 
-    NAME_OF_LOGPROBS = "top_logprobs"
+    NAMES: ClassVar = {"logprobs": "top_logprobs", "response_format": "text.format"}
 
     input: str | list[dict[str, Any]]
     n: Literal[1] = 1
@@ -124,16 +134,19 @@ def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
         match item.get("type", "message"):
             case "message":
                 message = {"role": item.get("role"), "content": item.get("content")}
-                messages.append(message)
+                messages.append(checked(f"input[{i}]", message))
             case "function_call":
                 _add_call(messages, item)
             case "function_call_output":
                 call = {"role": "tool", "tool_call_id": item.get("call_id")}
-                messages.append({**call, "content": item.get("output")})
+                said = content_of(f"input[{i}].output", item.get("output"))
+                messages.append({**call, "content": said})
             case "reasoning":
                 pass  # thoughts of former answers are not given to the model again
             case kind:
                 raise invalid(f"input[{i}].type", kind, "is not supported")
+    if not messages:
+        raise invalid("input", body.input, "at least one message")
     return messages
 
 

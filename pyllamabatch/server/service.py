@@ -19,7 +19,7 @@ from ..engine.embedding_core import Embedding
 from ..engine.engine import Engine
 from ..engine.followers import Followers
 from ..engine.stream import Stream
-from ..errors import ArgumentError, UnsupportedOperation, integer
+from ..errors import ArgumentError, GrammarError, UnsupportedOperation, integer
 from ..llama import runtime
 from ..llama.chat import ChatPrompt
 from ..llama.model import Model
@@ -217,7 +217,7 @@ class Service:
         n_logprobs: int | None,
     ) -> Prepared:
         if n_logprobs is not None:
-            integer(body.NAME_OF_LOGPROBS, n_logprobs, 0, self.engine.n_logprobs_max)
+            integer(body.name_of("logprobs"), n_logprobs, 0, self.engine.n_logprobs_max)
         sampling = {**self.options.sampling, **body.sampling(n_logprobs)}
         if body.logit_bias is not None:
             sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
@@ -232,7 +232,10 @@ class Service:
             with_prompt(one, prompt) if isinstance(prompt, ChatPrompt) else one
             for one, prompt in zip(params, prompts, strict=True)
         ]
-        streams = self.engine.submit_all(tokens, params, body.n, queue_timeout=0, **options)
+        try:
+            streams = self.engine.submit_all(tokens, params, body.n, queue_timeout=0, **options)
+        except GrammarError as error:
+            raise body.of_grammar(error) from None
         return Prepared(tokens, params, streams)
 
     def _bias_tokens(self, text: str) -> list[int]:

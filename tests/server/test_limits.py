@@ -34,6 +34,9 @@ def test_many_values_are_refused_in_short(served: Served) -> None:
     assert len(error["message"]) < 100
 
 
+BAD = {"type": "bogus"}  # a schema
+
+
 def nested(levels: int) -> Any:
     return orjson.loads('{"a": ' * levels + "1" + "}" * levels)
 
@@ -52,10 +55,27 @@ def nested(levels: int) -> Any:
         (MESSAGES, {"messages": [{"role": "assistant", "content": [
             {"type": "tool_use", "id": "a", "name": "b", "input": nested(300)}]}]},
          "messages[0].content.input"),
+        (TEXT, {"json_schema": BAD}, "json_schema"),
+        (TEXT, {"grammar": "root ::= ("}, "grammar"),
+        (CHAT, {"response_format": {"type": "json_object", "schema": BAD}}, "response_format"),
+        ("/v1/responses", {"input": SUM, "text": {"format": {
+            "type": "json_schema", "name": "bad", "schema": BAD}}}, "text.format"),
+        ("/v1/responses", {"input": []}, "input"),
+        ("/v1/responses", {"instructions": "Be short.", "input": [{"role": "nobody"}]},
+         "input[0].role"),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "a"}]},
+         "input[0].output"),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": BAD}}},
+         "output_config.format"),
+        (MESSAGES, {"stop_sequences": ["a"] * (STOPS_MAX + 1)}, "stop_sequences"),
+        (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
+         "messages[0].content"),
     ],
 )  # fmt: skip
 def test_values_beyond_limits(served: Served, path: str, change: Any, param: str | None) -> None:
-    whole = {TEXT: {"prompt": SUM}, MESSAGES: {**SUM_CHAT, "max_tokens": 5}}.get(path, {})
+    whole = {
+        TEXT: {"prompt": SUM}, CHAT: SUM_CHAT, MESSAGES: {**SUM_CHAT, "max_tokens": 5},
+    }.get(path, {})  # fmt: skip
     error = served.refused(path, {**whole, **change})
     assert error["param"] == param
     assert len(error["message"]) < 1000
