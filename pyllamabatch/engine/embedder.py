@@ -147,13 +147,15 @@ class Embedder:
         self.check(tokens, "texts")
         return tokens
 
-    def pairs(self, query: str, documents: Sequence[str]) -> list[TokenArray]:
+    def pairs(
+        self, query: str, documents: Sequence[str], name: str = "documents"
+    ) -> list[TokenArray]:
         """What a reranker reads, for each document: as llama-server puts the two together.
-        ArgumentError."""
+        ArgumentError. `name`: for errors."""
         if isinstance(documents, str):
-            raise ArgumentError("documents", documents, "must be a list of texts: [document]")
+            raise ArgumentError(name, documents, "must be a list of texts: [document]")
         pairs = [_pair(self.model, query, document) for document in documents]
-        self.check(pairs, "documents")
+        self.check(pairs, name)
         return pairs
 
     def check(self, texts: Sequence[TokenArray], name: str) -> None:

@@ -36,13 +36,15 @@ class EmbeddingsBody(Body):
 
 
 class RerankBody(Body):
-    """The best `top_n` of `documents` for `query`; `texts` is another name for these."""
+    """The best `top_n` of `documents` for `query`, in Jina's form; where they are `texts`, in that
+    of Text Embeddings Inference."""
 
     query: str
     documents: list[str] | None = None
     texts: list[str] | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     model: str = ""
+    return_documents: bool = False
     return_text: bool = False
 
 
@@ -73,15 +75,25 @@ async def rerank(service: Service, request: Request) -> Response:
     """Documents by relevance, the best first."""
     body = await bodies.read(request, RerankBody)
     embedder = need(service.embedder, ranks=True)
-    documents = body.documents if body.documents is not None else body.texts
+    name = "documents" if body.texts is None else "texts"
+    documents: list[str] | None = getattr(body, name)
     if not documents:
-        raise invalid("documents", documents, "must be a list of at least one text")
-    check_number(documents, "documents")
-    pairs = await service.apart(lambda: embedder.pairs(body.query, documents))
+        raise invalid(name, documents, "must be a list of at least one text")
+    check_number(documents, name)
+    pairs = await service.apart(lambda: embedder.pairs(body.query, documents, name))
     best = best_of(await _computed(service, embedder, request, pairs), body.top_n)
+    with_text = body.return_documents or body.return_text
+    if body.texts is not None:
+        return json_response(
+            [
+                {"index": one.index, "score": one.score}
+                | ({"text": documents[one.index]} if with_text else {})
+                for one in best
+            ]
+        )
     results = [
         {"index": one.index, "relevance_score": one.score}
-        | ({"document": {"text": documents[one.index]}} if body.return_text else {})
+        | ({"document": {"text": documents[one.index]}} if with_text else {})
         for one in best
     ]
     n = sum(map(len, pairs))

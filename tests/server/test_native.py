@@ -223,3 +223,28 @@ def test_embeddings(embedding: Served, served: Served) -> None:
     for path in ("/slots", "/metrics"):
         assert embedding.client.get(path).status_code == 501
     assert "--embeddings" in served.refused("/v1/embeddings", {"input": "a"}, 501)["message"]
+
+
+def test_documents_by_relevance(tmp_path: Path) -> None:
+    """In Jina's form, or where they are texts in that of Text Embeddings Inference."""
+    write_bert(tmp_path / "reranker.gguf", reranker=True)
+    texts = ["a", "b", "abc"]
+    with (
+        Model(tmp_path / "reranker.gguf") as model,
+        running(create_app(model, ServerOptions(rerank=True))) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+
+        def asked(**more: Any) -> Any:
+            return client.post("/rerank", json={"query": "ab", **more}).json()
+
+        whole = asked(documents=texts, return_documents=True)
+        results = whole["results"]
+        assert whole["usage"]["prompt_tokens"] > 0
+        assert [one["document"]["text"] for one in results] == [texts[r["index"]] for r in results]
+        scores = [one["relevance_score"] for one in results]
+        assert scores == sorted(scores, reverse=True)
+        first = {"index": results[0]["index"], "score": pytest.approx(scores[0], abs=1e-4)}
+        assert asked(texts=texts, top_n=1) == [first]
+        assert asked(texts=texts, return_text=True)[0]["text"] == texts[first["index"]]
+        assert asked(texts=["a" * 1000])["error"]["param"] == "texts[0]"
