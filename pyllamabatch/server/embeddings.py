@@ -110,8 +110,9 @@ async def _vectors(
     given = getattr(body, name)
     if given is None:
         raise invalid("input", None, "missing")
-    if body.dimensions is not None:
-        raise invalid("dimensions", body.dimensions, "the model's vectors can't be shortened")
+    if body.dimensions not in (None, embedder.model.n_embd_out):
+        limit = f"must be {embedder.model.n_embd_out}: the model's vectors can't be shortened"
+        raise invalid("dimensions", body.dimensions, limit)
     if body.embd_normalize not in (-1, 2):
         raise invalid("embd_normalize", body.embd_normalize, "must be 2 (length 1) or -1 (as is)")
     prompts = prompts_of(given, name)

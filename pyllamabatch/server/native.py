@@ -230,13 +230,8 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 def _tokens(service: Service, body: TokenizeBody) -> list[Any]:
-    if isinstance(body.content, str):
-        found = service.vocab.tokenize(
-            body.content, add_special=body.add_special, parse_special=body.parse_special
-        )
-    else:
-        found = service.tokens(body.content, add_special=body.add_special, name="content")
-    ids: list[int] = found.tolist()
+    special = {"add_special": body.add_special, "parse_special": body.parse_special}
+    ids: list[int] = service.tokens(body.content, **special, name="content").tolist()
     if not body.with_pieces:
         return ids
     return [{"id": id, "piece": _piece(service, id)} for id in ids]

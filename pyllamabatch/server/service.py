@@ -158,16 +158,22 @@ class Service:
     # -- text
 
     def tokens(
-        self, prompt: Prompt, *, add_special: bool = True, name: str = "prompt"
+        self,
+        prompt: Prompt,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        name: str = "prompt",
     ) -> TokenArray:
         """A text in which special tokens are parsed, as llama-server does; or token ids. `name`:
         for errors."""
+        tokenize = partial(self.vocab.tokenize, parse_special=parse_special)
         if isinstance(prompt, str):
-            return self.vocab.tokenize(prompt, add_special=add_special, parse_special=True)
+            return tokenize(prompt, add_special=add_special)
         tokens: list[int] = []
         for i, part in enumerate(prompt):
             if isinstance(part, str):
-                tokens += self.tokens(part, add_special=add_special and i == 0).tolist()
+                tokens += tokenize(part, add_special=add_special and i == 0).tolist()
             else:
                 tokens.append(part)
         return self.vocab.check_tokens(tokens, name)

@@ -61,7 +61,7 @@ def nested(levels: int) -> Any:
         ("/v1/responses", {"input": SUM, "text": {"format": {
             "type": "json_schema", "name": "bad", "schema": BAD}}}, "text.format"),
         ("/v1/responses", {"input": []}, "input"),
-        ("/v1/responses", {"instructions": "Be short.", "input": [{"role": "nobody"}]},
+        ("/v1/responses", {"instructions": "Be short.", "input": [{"role": "wizard"}]},
          "input[0].role"),
         ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "a"}]},
          "input[0].output"),

@@ -101,6 +101,10 @@ def test_tokens_and_templates(served: Served) -> None:
     assert served.ok("/detokenize", {"tokens": tokens}) == {"content": "Añ!"}
     special = served.ok("/tokenize", {"content": "a", "add_special": True})["tokens"]
     assert special == vocab.tokenize("a").tolist()
+    for content in ("<|im_end|>", ["<|im_end|>"]):
+        for parses in (True, False):
+            body = {"content": content, "parse_special": parses}
+            assert (len(served.ok("/tokenize", body)["tokens"]) == 1) is parses
     pieces = served.ok("/tokenize", {"content": "Añ", "with_pieces": True})["tokens"]
     assert pieces[0]["piece"] == "A"
     assert bytes(b for p in pieces[1:] for b in p["piece"]).decode() == "ñ"
@@ -203,6 +207,8 @@ def test_embeddings(embedding: Served, served: Served) -> None:
     one = embedding.ok("/v1/embeddings", {"input": texts[7], "encoding_format": "base64"})
     alone = np.frombuffer(base64.b64decode(one["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(alone, vectors[7], atol=0.01)
+    whole = embedding.ok("/v1/embeddings", {"input": texts[7], "dimensions": vectors.shape[1]})
+    assert len(whole["data"][0]["embedding"]) == vectors.shape[1]
     (raw,) = embedding.ok("/embedding", {"content": texts[7], "embd_normalize": -1})
     np.testing.assert_allclose(
         np.array(raw["embedding"][0]) / np.linalg.norm(raw["embedding"][0]), alone, atol=1e-4
