@@ -9,9 +9,11 @@ import pytest
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, GrammarError, NoCandidate
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.json_schema import schema_text, schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import Stepper
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}}
 
@@ -127,3 +129,42 @@ def test_too_many_ways_to_go_on_end_one_answer(engine: Engine, pattern: str) -> 
     with pytest.raises(NoCandidate, match="in too many ways"):
         one.result(60)
     assert beside.result(60).tokens == alone.tokens
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "not_allowed"),
+    [
+        ({"type": "integer", "minimum": 100}, ["100", "1000", "999"], ["10", "99", "19"]),
+        ({"type": "integer", "minimum": 2005}, ["2005", "3000", "10000"], ["25", "2004", "300"]),
+        ({"type": "integer", "maximum": -100}, ["-100", "-2000"], ["-10", "-99", "100"]),
+        ({"pattern": r"^v\.?1$"}, ['"v1"', '"v.1"'], ['"1"', '"v..1"']),
+        ({"pattern": "^é+$"}, ['"é"', '"éé"'], ['""', '"e"']),
+        ({"pattern": "^a+?$"}, ['"a"', '"aa"'], ['""']),
+        ({"pattern": "^.$"}, ['"a"', '"é"'], ['"""', '"\\"', '"\n"']),
+        ({"pattern": "^[^a]$"}, ['"b"'], ['"a"', '"""', '"\\"', '"\t"']),
+        ({"pattern": "^[ -~]$"}, ['" "', '"z"', '"#"', '"]"'], ['"""', '"\\"']),
+        ({"pattern": r'^"\\\^[\^"]$'}, [r'"\"\\^^"'], [r'""\^^"', r'"\"\\^""']),
+        (
+            {"properties": {"a]": {}}, "additionalProperties": {"type": "null"}},
+            ['{"b":null}', '{"ab":null}', '{"a]":1}'],
+            ['{"\\":null}', '{"\n":null}', '{"a]":null,"a]":null}'],
+        ),
+    ],
+)
+def test_what_a_schema_allows(
+    embedded_model: Model, schema: Any, allowed: list[str], not_allowed: list[str]
+) -> None:
+    vocab = embedded_model.vocab
+    with Context(embedded_model, n_ctx=256) as context, Stepper(context) as stepper:
+
+        def takes(text: str) -> bool:
+            slot = stepper.make_slot(SamplingParams(temperature=0, json_schema=schema))
+            tokens = vocab.tokenize(text, add_special=False)
+            try:
+                stepper.replay(slot, [*tokens, *sorted(vocab.eog_tokens)[:1]], 0, 1)
+            except GrammarError:
+                return False
+            return True
+
+        assert [text for text in allowed if not takes(text)] == []
+        assert [text for text in not_allowed if takes(text)] == []
