@@ -4,9 +4,11 @@
 
 The converter honours the keywords in `HONOURED`. Any other that would say something about the text
 raises `ArgumentError` with its name: a schema is honoured whole or refused. oneOf is honoured where
-types, values or a required property tell its branches apart."""
+types, values or a required property tell its branches apart, allOf of one schema, of open objects
+without a property in common, or of enums; `required` where `properties` names them, too."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -17,6 +19,7 @@ from pyllamabatch.llama.json_limits import check_schema, json_text, target
 Schema = Mapping[str, Any] | str
 
 SIZE_MAX = 1 << 18
+INT64 = 1 << 63
 
 HONOURED = frozenset({
     "type", "enum", "const", "$ref", "oneOf", "anyOf", "allOf",
@@ -48,7 +51,9 @@ _ALONE = (
     ("$ref", HONOURED - {"$ref", "type"}),
     ("oneOf", HONOURED - {"oneOf", "type"}),
     ("anyOf", HONOURED - {"anyOf", "type"}),
-    ("properties", {"allOf"}),
+    ("allOf", HONOURED - {"allOf", "type"}),
+    ("const", HONOURED - {"const", "type"}),
+    ("enum", HONOURED - {"enum", "type"}),
     ("items", {"prefixItems"}),
     ("pattern", {"format", "minLength", "maxLength"}),
     ("format", {"minLength", "maxLength"}),
@@ -76,8 +81,10 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
         raise ArgumentError(argument, f"{size} bytes", f"at most {SIZE_MAX}")
     check_schema(argument, value)
     checked = json.loads(text)
+    _unwrap(checked)
     _check_keywords(argument, checked)
-    return json_text(argument, checked) if _bound_days(checked) else text
+    _bound_days(checked)
+    return json_text(argument, checked)
 
 
 @lru_cache(maxsize=64)
@@ -96,13 +103,18 @@ def schema_to_gbnf(text: str) -> str:
 
 
 def _schemas(root: Any) -> Iterator[dict[str, Any]]:
-    """Every schema in a schema; true, false and what the converter refuses itself left out."""
+    """Every schema in a schema, wherever its references lead; true, false and what the converter
+    refuses itself left out."""
     todo = [root]
+    seen: set[int] = set()
     while todo:
         schema = todo.pop()
-        if not isinstance(schema, dict):
+        if not isinstance(schema, dict) or id(schema) in seen:
             continue
+        seen.add(id(schema))
         yield schema
+        if isinstance(schema.get("$ref"), str):
+            todo.append(target(root, schema["$ref"]))
         for keyword in ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf"):
             value = schema.get(keyword)
             todo += value if isinstance(value, list) else [value]
@@ -113,7 +125,17 @@ def _schemas(root: Any) -> Iterator[dict[str, Any]]:
 
 def _check_keywords(argument: str, root: Any) -> None:
     for schema in _schemas(root):
-        why = _left_out(schema) or _base(schema, root) or _overlap(schema, root)
+        try:
+            why = (
+                _left_out(schema)
+                or _base(schema, root)
+                or _overlap(schema, root)
+                or _all_of(schema, root)
+                or _wider(schema, root)
+                or _empty(schema)
+            )
+        except (AttributeError, LookupError, TypeError):
+            raise ArgumentError(argument, schema, "must be a JSON schema") from None
         if why is not None:
             keyword, limit = why
             raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
@@ -135,6 +157,61 @@ def _overlap(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
         "oneOf",
         "branches that no two values share (by type, const, enum or a required property)",
     )
+
+
+def _all_of(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+    """allOf, but of open objects without a property in common, or of enums that share a value: of
+    any other part the converter keeps nothing."""
+    parts = [_resolved(part, root) for part in schema.get("allOf", ())]
+    if not parts:
+        return None
+    keywords = {keyword for part in parts for keyword in part} - _NOTES
+    if keywords <= {"type", "properties", "required"}:
+        names = [name for part in parts for name in part.get("properties", ())]
+        objects = all(one.get("type", "object") == "object" for one in (schema, *parts))
+        if objects and len(names) == len({*names}):
+            return None
+    values = [part.get("enum", ()) for part in parts]
+    shared = (all(any(_same(x, y) for y in others) for others in values) for x in values[0])
+    if keywords <= {"type", "enum"} and "type" not in schema and any(shared):
+        return None
+    return "allOf", "open objects that share no property, or enums that share a value"
+
+
+def _wider(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+    """What the converter reads in place of the type beside it, where it has values of others."""
+    for keyword in ("$ref", "oneOf", "anyOf", "const", "enum") if "type" in schema else ():
+        if keyword in ("oneOf", "anyOf"):
+            parts = schema.get(keyword, [])
+        else:
+            parts = [{keyword: schema[keyword]}] if keyword in schema else []
+        for part in (_resolved(part, root) for part in parts):
+            told = isinstance(part, Mapping) and part.keys() & {"type", "const", "enum"}
+            if told and not _types(part) <= _types({"type": schema["type"]}):
+                return keyword, f"values of the type beside it only: {schema['type']}"
+    return None
+
+
+def _empty(schema: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A keyword that no text keeps which the converter would write."""
+    types = _types(schema)
+    names = {*schema.get("properties", ())}
+    if "object" in types and not {*schema.get("required", ())} <= names:
+        return "required", "names of its own properties only"
+    items = schema.get("prefixItems", schema.get("items"))
+    for keyword, sign in (("minItems", 1), ("maxItems", -1)) if isinstance(items, list) else ():
+        if "array" in types and sign * schema.get(keyword, len(items)) > sign * len(items):
+            return keyword, f"a grammar has all {len(items)} items that are named, and no other"
+    low = schema.get("minimum", schema.get("exclusiveMinimum", -INT64))
+    high = schema.get("maximum", schema.get("exclusiveMaximum", INT64 - 1))
+    if not all(type(bound) in (int, float) for bound in (low, high)):
+        return None  # the converter refuses it
+    low = math.floor(low) + 1 if "exclusiveMinimum" in schema else math.ceil(low)
+    high = math.ceil(high) - 1 if "exclusiveMaximum" in schema else math.floor(high)
+    if low > high:
+        keyword = next(keyword for keyword in _INTEGER_ONLY if keyword in schema)
+        return keyword, "bounds that an integer of 64 bits can keep"
+    return None
 
 
 def _apart(a: Any, b: Any, root: Any) -> bool:
@@ -201,12 +278,24 @@ def _same(a: Any, b: Any) -> bool:
     return _type_of(a) == _type_of(b) and bool(a == b)
 
 
-def _bound_days(root: Any) -> bool:
-    """Put patterns in place of the formats of dates; whether there were any."""
-    found = [schema for schema in _schemas(root) if schema.get("format") in _DATES]
-    for schema in found:
-        schema["pattern"] = _DATES[schema.pop("format")]
-    return bool(found)
+def _unwrap(root: Any) -> None:
+    """Put the part of an allOf that has one in its place: so generators write notes on a $ref."""
+    for schema in _schemas(root):
+        while isinstance(parts := schema.get("allOf"), list) and len(parts) == 1:
+            part, kind = parts[0], schema.get("type")
+            if not isinstance(part, dict) or schema.keys() & HONOURED - {"allOf", "type"}:
+                break
+            if kind not in (None, part.get("type", kind)):
+                break
+            del schema["allOf"]
+            schema.update(part)
+
+
+def _bound_days(root: Any) -> None:
+    """Put patterns in place of the formats of dates."""
+    for schema in _schemas(root):
+        if schema.get("format") in _DATES:
+            schema["pattern"] = _DATES[schema.pop("format")]
 
 
 def _left_out(schema: Mapping[str, Any]) -> tuple[str, str] | None:
