@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from io import TextIOWrapper
 
 from pyllamabatch.cli.console import say
 from pyllamabatch.errors import ArgumentError, PyllamabatchError
@@ -34,6 +35,8 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its locale has not, as on stderr
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how its line may go on
         import argcomplete
 

@@ -14,7 +14,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -140,6 +140,7 @@ def opened(args: argparse.Namespace, share: int | None = None) -> Iterator[Any]:
     from pyllamabatch.server.app import create_app
 
     _show_errors()
+    options = _options(args)  # what is wrong with them is said before a model is loaded
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         if args.threads is None and model.offloaded < 1:
@@ -147,7 +148,7 @@ def opened(args: argparse.Namespace, share: int | None = None) -> Iterator[Any]:
         loras = _loras(model, args.lora, stack)
         engine = _engine(model, args, loras, stack)
         paths = {name: lora.path for name, lora in loras.items()}
-        yield create_app(engine or model, _options(args, paths))
+        yield create_app(engine or model, replace(options, lora_paths=paths))
 
 
 def application(flags: dict[str, Any]) -> Any:
@@ -197,7 +198,7 @@ def _fleet_options(args: argparse.Namespace) -> Any:
     return options
 
 
-def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = None) -> Any:
+def _options(args: argparse.Namespace) -> Any:
     from pyllamabatch.server.options import ServerOptions
 
     return ServerOptions(
@@ -213,7 +214,6 @@ def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = No
         embeddings=args.embeddings,
         rerank=args.rerank,
         pooling=args.pooling,
-        lora_paths=lora_paths or {},
         slots=not args.no_slots,
         metrics=not args.no_metrics,
         page=not args.no_page,

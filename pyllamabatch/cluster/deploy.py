@@ -28,6 +28,7 @@ from .router import DEFAULT, FleetRouter
 APPLICATION = "pyllamabatch"
 LOOPBACK = "127.0.0.1"
 HEALTH_SECONDS = 5.0
+REPLICAS_MAX = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class FleetOptions:
     max_open: int = 1040
 
     def __post_init__(self) -> None:
-        integer("min_replicas", self.min_replicas, 1, 10_000)
-        integer("max_replicas", self.max_replicas, self.min_replicas, 10_000)
+        integer("min_replicas", self.min_replicas, 1, REPLICAS_MAX)
+        integer("max_replicas", self.max_replicas, self.min_replicas, REPLICAS_MAX)
         number("gpus_per_replica", self.gpus_per_replica, 0)
         make_router(self.router)
 
@@ -58,9 +59,11 @@ class FleetOptions:
     def of(cls, replicas: str, **more: Any) -> FleetOptions:
         """`replicas`: "4", or "1-4" for one to four. ArgumentError."""
         first, _, last = replicas.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ArgumentError("replicas", replicas, 'a number, or two as in "1-4"')
-        return cls(min_replicas=int(first), max_replicas=int(last or first), **more)
+        n_min, n_max = (int(n) if n.isdecimal() else 0 for n in (first, last or first))
+        if not 1 <= n_min <= n_max <= REPLICAS_MAX:
+            limit = f'a number of 1 to {REPLICAS_MAX}, or two as in "1-4"'
+            raise ArgumentError("replicas", replicas, limit)
+        return cls(min_replicas=n_min, max_replicas=n_max, **more)
 
 
 def engines(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> serve.Application:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
+from ..errors import ArgumentError
 from .protocol import HttpProtocol
 
 BACKLOG = 2048
@@ -138,7 +139,10 @@ def raise_open_files() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; `port` 0 takes a free one. OSError, which names them."""
+    """A listening socket; `port` 0 takes a free one. OSError, which names them. ArgumentError
+    without a host, which would be all addresses."""
+    if not host:
+        raise ArgumentError("host", host, "an address; 0.0.0.0 is all of this machine's")
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -59,7 +59,7 @@ class Service:
     def __init__(
         self, model: Model, engine: Engine | None, options: ServerOptions, metrics: Metrics
     ) -> None:
-        """Without an engine it makes embeddings only."""
+        """Without an engine it makes embeddings only. Raises `ChatTemplateError`."""
         self._engine = engine
         self.model = model
         self.vocab = model.vocab
@@ -67,6 +67,8 @@ class Service:
         self.metrics = metrics
         self.machine = engine.machine if engine else None
         self.model_name = options.model_name or self.machine or Path(model.path).name
+        if options.chat_template is not None:
+            self.vocab.chat_template(options.chat_template)  # a bad one is said now
         self.embedder: Embedder | None = None
         if options.embeddings or options.rerank:
             self.embedder = Embedder(model, "rank" if options.rerank else options.pooling)

@@ -1,6 +1,7 @@
 """`pyllamabatch info` and `--version`."""
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.models import default_model_path
-from tests.support.child import python
+from tests.support.child import ended
 
 
 def test_json(capsys: Any) -> None:
@@ -57,8 +58,11 @@ def test_a_file_that_is_no_model(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"]])
-def test_help(args: list[str]) -> None:
-    done = python("-m", "pyllamabatch", *args)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_help(args: list[str], encoding: str) -> None:
+    """Also where the output can't be written in all characters: Windows' pipes, old locales."""
+    command = [sys.executable, "-m", "pyllamabatch", *args]
+    done = ended(command, PYTHONIOENCODING=encoding)
     assert done.returncode == 0
     assert "pyllamabatch" in done.stdout
     assert done.stderr == ""

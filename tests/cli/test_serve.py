@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.cli import serve
+from pyllamabatch.errors import ArgumentError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,18 @@ def test_replicas_share_the_cores_that_compute(
     args = parser.parse_args([] if asked is None else ["-t", str(asked)])
     with serve.opened(args, 3):
         assert found == [threads]
+
+
+@pytest.mark.parametrize("words", [["--temperature", "-3"], ["--drain-timeout", "-1"]])
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(serve, "load_model")
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    name = words[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ArgumentError, match=name), serve.opened(parser.parse_args(words)):
+        pass
 
 
 def test_a_seed_is_that_of_each_request() -> None:

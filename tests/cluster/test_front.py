@@ -110,6 +110,14 @@ def test_scales_for_all_requests_are_refused() -> None:
     assert '"lora"' in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("replicas", ["0", "2-1", "0-4", "10001", "1-10001", "four", "-1"])
+def test_a_number_of_replicas_that_can_not_be(replicas: str) -> None:
+    from pyllamabatch.cluster.deploy import FleetOptions
+
+    with pytest.raises(ArgumentError, match=f"replicas='{replicas}'"):
+        FleetOptions.of(replicas)
+
+
 def test_replicas_of_other_versions_are_routed_to() -> None:
     from pyllamabatch.cluster.router import FleetRouter
 

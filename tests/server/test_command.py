@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from pyllamabatch.cli import serve
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.errors import ArgumentError, ChatTemplateError, UnsupportedOperation
 from pyllamabatch.server.errors import of
 from pyllamabatch.server.run import listen
 from tests.support.machines import fast_profile
@@ -103,6 +103,18 @@ def test_a_key_that_is_empty_opens_no_server(tmp_path: Path) -> None:
         given = flags(*machine, *words)
         with pytest.raises(ArgumentError, match="has no key"), serve.opened(given):
             pass
+
+
+def test_a_template_that_can_not_be_read_opens_no_server(tmp_path: Path) -> None:
+    """--chat-template FILE with a typing error: each chat was refused as the client's mistake."""
+    given = flags("--machine", fast_profile(tmp_path), "-q", "--chat-template", tmp_path / "none")
+    with pytest.raises(ChatTemplateError, match="none"), serve.opened(given):
+        pass
+
+
+def test_no_address_is_not_all_of_them() -> None:
+    with pytest.raises(ArgumentError, match="host"):
+        listen("", 0)
 
 
 def test_an_address_that_is_taken_is_named() -> None:
