@@ -248,6 +248,8 @@ def _request(messages: Iterable[Message], options: ChatOptions) -> dict[str, Any
     tools = options.get("tools")
     if tools:
         request["tools"], request["tool_choice"] = _tools(tools, options.get("tool_choice", "auto"))
+    elif (wanted := options.get("tool_choice", "auto")) not in ("auto", "none"):
+        raise ArgumentError("tool_choice", wanted, "needs tools")
     return request
 
 

@@ -89,17 +89,7 @@ async def _read_turn(service: Service, body: MessagesBody) -> Turn:
 
 
 def _turn(service: Service, body: MessagesBody) -> Turn:
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.get("name"),
-                "description": tool.get("description", ""),
-                "parameters": tool.get("input_schema", {}),
-            },
-        }
-        for tool in body.tools or ()
-    ]
+    tools = [_tool(i, tool) for i, tool in enumerate(body.tools or ())]
     options: ChatOptions = {"tools": tools, "tool_choice": _choice(body.tool_choice)}
     options["json_schema"] = body.schema_wanted()
     if (body.tool_choice or {}).get("disable_parallel_tool_use"):
@@ -107,6 +97,18 @@ def _turn(service: Service, body: MessagesBody) -> Turn:
     if body.thinking is not None:
         options["enable_thinking"] = body.thinking.get("type") != "disabled"
     return turn_of(service, messages_of(body), options)
+
+
+def _tool(i: int, tool: dict[str, Any]) -> dict[str, Any]:
+    kind = tool.get("type") or "custom"
+    if kind != "custom":  # of which Anthropic's models know what they take, and which run there
+        raise invalid(f"tools[{i}].type", kind, "must be custom, with an input_schema")
+    function = {
+        "name": tool.get("name"),
+        "description": tool.get("description", ""),
+        "parameters": tool.get("input_schema", {}),
+    }
+    return {"type": "function", "function": function}
 
 
 def _choice(given: dict[str, Any] | None) -> str | dict[str, Any]:
