@@ -137,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
 
     def spec_of(unified: bool) -> EngineSpec:
         cost = CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
+        if unified and not on_gpu:
+            cost.switch = 0.0  # who decodes is no matter to a graph in a pool
         n, n_cells = args.n_seq_max, args.n_ctx
         if not unified:  # libllama gives each stream a multiple of so many
             n_cells = n * 256 * -(-n_cells // n // 256)

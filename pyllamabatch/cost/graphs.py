@@ -53,6 +53,7 @@ class Graphs:
         self._decoding, self._prompts = _Graph(), _Graph()
         self._last = self._decoding
         self._grown = np.zeros(0, dtype=np.int64)  # cells of the graph at each step of the call
+        self._new = list[int]()  # steps of the call with new graphs
 
     def add_to(self, seconds: F64, call: NativeCall) -> int:
         """Add what new graphs take to the `seconds` of each step of the call. Returns the number of
@@ -88,7 +89,7 @@ class Graphs:
         at += [i for i in np.flatnonzero(self._grown != before).tolist() if i not in at]
         if graph.unsettled and 0 not in at:
             seconds[0] += settle
-        graph.unsettled = n - 1 in at
+        self._new = at
         for i in at:
             seconds[i] += new
             if i + 1 < n and i + 1 not in at:
@@ -104,3 +105,4 @@ class Graphs:
         """The call has ended after n of its steps."""
         if len(self._grown):
             self._last.n_cells = int(self._grown[n - 1])
+            self._last.unsettled = n - 1 in self._new

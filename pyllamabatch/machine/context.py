@@ -107,7 +107,7 @@ class MachineContext:
         return self.machine.cost(unified=self.capabilities.unified, n_ubatch=self.n_ubatch)
 
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
-        return self.machine.on_gpu and not self.capabilities.unified
+        return not self.capabilities.unified
 
     def thread_watch(self) -> None:
         """It computes nothing."""

@@ -97,6 +97,7 @@ def test_drafts_move_the_sampling_on_a_device_that_samples(
     [
         ("nvidia-h200-gemma-3-1b-q4_k_m", {}),
         ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", {"n_seq_max": 3, "n_ctx": 2048}),
+        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", {"kv_unified": True}),
         ("m2-ultra-gemma-3-4b-it-qat", {"n_batch": 64, "prefix_cache": False}),
         ("m2-ultra-gemma-3-4b-it-qat", {"n_seq_max": 31, "n_ctx": 2048, "kv_unified": False}),
     ],
@@ -114,7 +115,9 @@ def test_the_engine_is_the_live_one_of_these_options(
     flags = []
     for name, value in words.items():
         flag = name.replace("_", "-")
-        flags += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        flags += (
+            [f"--{flag}", str(value)] if type(value) is int else [f"--{'no-' * (not value)}{flag}"]
+        )
     assert main(["simulate", "--profile", profile, *TRACE, *flags]) == 0
     (spec,) = seen
     sizes = {"n_seq_max": 16, "n_ctx": 32768, **words}
@@ -123,6 +126,9 @@ def test_the_engine_is_the_live_one_of_these_options(
         assert replace(spec.limits, fills=limits.fills) == limits
         assert replace(spec.sharing, tries=cache.sharing.tries) == cache.sharing
         assert spec.retain == cache.retain
+        assert engine.cost is not None
+        if "nvidia" not in profile:  # which samples on the device, as no profile machine does
+            assert bool(spec.cost.switch) == (engine.cost.switch is None and any(spec.new_graph))
 
 
 @pytest.mark.parametrize(

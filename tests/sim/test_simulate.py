@@ -145,6 +145,17 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
         assert new.end - plain.end == pytest.approx(seconds)
 
 
+def test_nor_is_it_lost_where_a_newcomer_ends_the_call_before() -> None:
+    """It comes within the step with the new graph, and waits for the only slot."""
+    ends = []
+    for new in (NewGraph(10.0, 1.0), NewGraph()):
+        first = one(0, 0.0, 8, 4)
+        prompt = outcomes([first], n_seq_max=1, new_graph=new)[0].first
+        newcomer = one(1, prompt + 0.005, 8, 1)
+        ends.append(outcomes([first, newcomer], n_seq_max=1, new_graph=new)[0].end)
+    assert ends[0] - ends[1] == pytest.approx(21)
+
+
 def test_where_a_prompt_is_behind_each_part_that_decodes_has_a_graph() -> None:
     """The second of three ends. In its slot a newcomer's prompt is computed behind the others,
     which are no neighbours: two ubatches. Its own graph is built meanwhile."""
