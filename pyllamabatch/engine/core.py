@@ -115,10 +115,12 @@ class EngineCore:
         return sink
 
     def submit(self, sinks: Sequence[StreamSink], timeout: float | None = None) -> None:
-        """All of them or none. They have one deadline, and wait for room until then at most. Raises
-        as `CommandQueue.submit`."""
+        """All of them or none. They have one deadline, and wait for room until then at most; not at
+        all in a callback, whose thread makes room. Raises as `CommandQueue.submit`."""
         deadline = sinks[0].request.options.deadline if sinks else None
         anyway = False
+        if self.is_own_thread():
+            timeout = 0
         if deadline is not None:
             left = min(max(0.0, deadline - perf_counter()), threading.TIMEOUT_MAX)
             if timeout is None or left <= timeout:

@@ -251,7 +251,8 @@ class Engine:
 
         `prompt`: text, or token ids as they are. `options`: see `Options`. `queue_timeout`: seconds
         to wait for room while `max_waiting` requests wait for a slot, before QueueFull; None: as
-        long as it takes. The request's deadline ends the wait, too, and the request.
+        long as it takes; in a callback of a stream always 0. The request's deadline ends the wait,
+        too, and the request.
 
         Raises before anything has started: ArgumentError for an empty prompt, tokens that are not
         in the vocabulary and parameters that do not suit the model, RequestTooLong when prompt and

@@ -193,7 +193,8 @@ class Stream:
 
     def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
         """`callback(stream)` is called once, when the request has ended: by the engine's output
-        thread, so it must be quick, or at once when it has ended already."""
+        thread, so it must be quick, or at once when it has ended already. It may submit, which
+        raises QueueFull where there is no room, and may not wait for another stream."""
         self._check_process()
         with self._lock:
             if self._result is None:

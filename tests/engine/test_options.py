@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -171,6 +172,26 @@ def test_a_full_line_refuses_or_waits(model: Model, n: int) -> None:
         gate.opened = True
         thread.join()
         assert [stream.result(60).tokens for stream in streams] == [late[0].tokens] * n
+        check_idle(engine)
+
+
+def test_a_callback_does_not_wait_for_room(model: Model) -> None:
+    """The thread that calls it brings what others need to end, and so to make room."""
+    gate, told = Gate(), Future[BaseException | None]()
+
+    def again(stream: Any) -> None:
+        try:
+            engine.submit(PROMPT, greedy())
+            told.set_result(None)
+        except QueueFull as error:
+            told.set_result(error)
+
+    with small(model, policy=gate, max_waiting=1) as engine:
+        waits = engine.submit(PROMPT, greedy())
+        engine.submit(PROMPT, greedy(), timeout=0).add_done_callback(again)
+        assert isinstance(told.result(60), QueueFull)
+        gate.opened = True
+        assert waits.result(60).finish_reason == "length"
         check_idle(engine)
 
 
