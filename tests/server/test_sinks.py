@@ -251,7 +251,10 @@ def test_who_has_left_before_the_first_token_gets_none(new_loop: Any) -> None:
     run(new_loop, test)
 
 
-def test_texts_of_a_step_are_counted_together() -> None:
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_texts_of_a_step_are_counted_together(new_loop: Any) -> None:
+    """They go to their sockets in one call, once a token's text is known."""
+
     async def test() -> None:
         streams = Streams(3)
         await streams.follow()
@@ -261,4 +264,4 @@ def test_texts_of_a_step_are_counted_together() -> None:
         await streams.finish()
         await streams.close()
 
-    run(asyncio.new_event_loop, test)
+    run(new_loop, test)
