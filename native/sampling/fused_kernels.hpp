@@ -1,6 +1,7 @@
 // The vectorised passes over a row of logits, one set per instruction set, chosen once at run time.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -19,7 +20,7 @@ struct row_view {
     const float * block(int32_t b) const { return b < n_full ? x + (int64_t) b * BLOCK : tail; }
 };
 
-// A weight is exp(x / temp - largest / temp) of the logits x >= low, 0 of the others.
+// A weight is exp(x / temp - largest / temp) of the logits x >= low, which is finite, 0 of the others.
 struct weighing {
     float temp;
     float largest;
@@ -29,7 +30,7 @@ struct weighing {
 
     weighing(float temp, float largest, float least)
         : temp(temp), largest(largest), top(largest / temp),
-          low(std::fmax(least, largest - 87 * temp)), scale((float) (1.4426950408889634 / temp)) {}
+          low(std::fmax(std::fmax(least, largest - 87 * temp), -FLT_MAX)), scale((float) (1.4426950408889634 / temp)) {}
 };
 
 struct kernels {

@@ -63,6 +63,7 @@ CHAINS: list[dict[str, Any]] = [
     {"top_k": 0, "min_p": 0.0},
     {"top_k": 0, "top_p": 1, "min_p": 0},
 ]
+    {"temperature": 1e38, "top_k": 0, "top_p": 1, "min_p": 0},
 
 
 """With those of the fused sampler, candidates and probabilities are compared in native/tests."""
