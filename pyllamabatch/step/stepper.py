@@ -238,7 +238,7 @@ class Stepper:
 
     def new_slot(self, params: SamplingParams, prompt: TokenArray) -> DetachedSlot:
         """`make_slot` for tokens that were checked: contiguous int32."""
-        engine, _ = self._open()
+        engine, context = self._open()
         if params.logprobs is not None:
             integer("logprobs", params.logprobs, 0, self.n_logprobs_max)
         struct, keep = sampling_struct(params, self._path)
@@ -249,7 +249,7 @@ class Stepper:
         del keep
         if code:
             raise slot_failure(code, -1, text(why))
-        return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
+        return DetachedSlot(owned(out[0], context._model_ptr, free=lib.plb_slot_free))
 
     def clear_slot(self, seq_id: int) -> None:
         """Forget a sequence's sampler; fine when there is none."""
@@ -280,7 +280,7 @@ class Stepper:
         with context.exclusive():
             self._check_slot(lib.plb_slot_take(engine, seq, out), seq)
         slot = self._let_go(seq) or DetachedSlot(None)
-        slot._slot = ffi.gc(out[0], lib.plb_slot_free)
+        slot._slot = owned(out[0], context._model_ptr, free=lib.plb_slot_free)
         return slot
 
     def put_slot(
@@ -313,7 +313,7 @@ class Stepper:
             raise ArgumentError("slot", slot, limit)
         self._let_go(seq)
         ffi.gc(slot._slot, None)  # the engine's from now on
-        slot._inside, slot._slot = slot._slot, None
+        slot._inside, slot._slot = owned(slot._slot, engine), None
         self._slots[seq] = slot
         if next_row is not None:
             with context.exclusive():

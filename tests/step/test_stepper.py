@@ -3,6 +3,7 @@
 import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,8 +63,8 @@ CHAINS: list[dict[str, Any]] = [
     {"temperature": 0, "repeat_penalty": 1.3},
     {"top_k": 0, "min_p": 0.0},
     {"top_k": 0, "top_p": 1, "min_p": 0},
-]
     {"temperature": 1e38, "top_k": 0, "top_p": 1, "min_p": 0},
+]
 
 
 """With those of the fused sampler, candidates and probabilities are compared in native/tests."""
@@ -476,6 +477,35 @@ def test_closed_things_say_so(context: Context) -> None:
     ):
         with pytest.raises(ClosedError, match="stepper"):
             call()
+
+
+def test_a_slots_tokens_outlive_its_stepper(model: Model) -> None:
+    context = Context(model, n_ctx=64)
+    stepper = Stepper(context)
+    slot = stepper.make_slot(SamplingParams(temperature=0, max_tokens=20, ignore_eog=True))
+    stepper.put_slot(0, slot, (3, 0))
+    stepper.run([0], 16)
+    tokens, engine = slot.tokens(), weakref.ref(stepper._engine)
+    context.close()
+    del stepper, context
+    assert engine() is not None  # else what it points to is freed
+    assert slot.tokens().tolist() == tokens.tolist()
+    del slot
+    assert engine() is None
+
+
+def test_a_slot_keeps_the_model_that_it_is_of(model: Model) -> None:
+    with Context(model, n_ctx=64) as context, Stepper(context) as stepper:
+        other = Model(model.path)
+        held = weakref.ref(other.ptr)
+        with Context(other, n_ctx=64) as others, Stepper(others) as made:
+            slot = made.make_slot(SamplingParams())
+        other.close()
+        assert held() is not None  # else another model may come to lie where it was
+        with pytest.raises(ArgumentError, match="of this model"):
+            stepper.put_slot(0, slot)
+        del slot
+        assert held() is None
 
 
 def test_closing_the_context_first_is_fine(model: Model) -> None:
