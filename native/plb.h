@@ -65,7 +65,8 @@ enum plb_code {
 /* -- rows ------------------------------------------------------------------------------------- */
 enum plb_row_flag {
     PLB_ROW_OUTPUT = 1, /* keep this row's logits: readable by llama_get_logits_ith(ctx, row) */
-    PLB_ROW_SAMPLE = 2  /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
+    PLB_ROW_SAMPLE = 2  /* sample this row with its sequence's slot: whole rows of logits need not be there,
+                           and they lie elsewhere in a step with n_filled */
 };
 
 enum plb_finish {

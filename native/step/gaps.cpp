@@ -78,7 +78,7 @@ llama_batch gaps::fill(const llama_batch & batch, int32_t n_pad, int32_t n_each)
     filled_.clear();
     n_each_ = n_each;
     int32_t n_outputs = 0;
-    if (batch.n_tokens > n_rows_max_ || !each_the_same(batch, n_outputs)) {
+    if (n_each == 0 || batch.n_tokens > n_rows_max_ || !each_the_same(batch, n_outputs)) {
         return batch;
     }
     if (!choose(batch, n_pad)) {

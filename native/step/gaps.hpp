@@ -20,8 +20,8 @@ public:
 
     int32_t most() const { return most_; }
     // The batch with n_each rows for each gap, and for each sequence below n_pad; or as it is, where
-    // it is not n_each rows of each of ascending sequences, or there is no room. Valid until the next
-    // call.
+    // it is not n_each rows of each of ascending sequences, or there is no room; 0: as it is. Valid
+    // until the next call.
     llama_batch fill(const llama_batch & batch, int32_t n_pad, int32_t n_each);
     int32_t n_filled() const { return (int32_t) filled_.size() * n_each_; } // rows
     // Where a row of the last batch is now.

@@ -114,6 +114,13 @@ bool each_slot_once(plb_engine & engine, int32_t n_rows) {
     return true;
 }
 
+// Whether the caller looks for outputs where its rows are.
+bool is_read(const plb_engine & engine, int32_t n_rows) {
+    return engine.all_outputs || std::any_of(engine.flags.begin(), engine.flags.begin() + n_rows, [](uint8_t flags) {
+               return flags & PLB_ROW_OUTPUT;
+           });
+}
+
 // Whether the device may choose for all rows of this step that give an output.
 bool short_enough(plb_engine & engine, int32_t n_rows) {
     if (engine.all_outputs) {
@@ -121,7 +128,7 @@ bool short_enough(plb_engine & engine, int32_t n_rows) {
     }
     for (int32_t i = 0; i < n_rows; ++i) {
         const bool sampled = engine.flags[i] & PLB_ROW_SAMPLE;
-        if (sampled ? !engine.slots[engine.seq[i]]->short_enough : engine.flags[i] != 0) {
+        if ((engine.flags[i] & PLB_ROW_OUTPUT) || (sampled && !engine.slots[engine.seq[i]]->short_enough)) {
             return false;
         }
     }
@@ -213,7 +220,8 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
     }
     llama_batch batch = build_batch(engine, n_behind, n_rows);
     if (engine.gaps) {
-        batch = engine.gaps->fill(batch, n_pad, drafted ? engine.drafts->n_each() : 1);
+        const int32_t n_each = drafted ? engine.drafts->n_each() : !is_read(engine, n_rows);
+        batch = engine.gaps->fill(batch, n_pad, n_each);
         info.n_filled = engine.gaps->n_filled();
     }
     const int64_t t_built = plb_now_ns();

@@ -329,7 +329,7 @@ class Context(Owner):
             return self._view(pointer, (size,), f"sequence {seq} was not in the last batch")
 
     def _n_outputs(self) -> int:
-        if self._outputs is None:
+        if self._outputs is None or not self._outputs.size:
             raise UnsupportedOperation("the last batch was not run by decode or encode")
         return int(np.count_nonzero(self._outputs))
 

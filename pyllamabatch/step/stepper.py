@@ -75,6 +75,7 @@ _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _NO_SLOTS = np.zeros(0, np.int32)
 
+_NOT_THERE = np.zeros(0, np.int8)  # outputs of a step whose rows lie elsewhere
 
 class Stepper:
     """Rows in, one native call, sampled tokens out, on one `Context`.
@@ -189,7 +190,8 @@ class Stepper:
         if code <= _REFUSED and code != _THREW:
             raise _refused(self, code, n_rows, slots)
         if code != -1 or n_steps:
-            context._outputs = None
+            moved = self._info.n_filled or self._info.on_device
+            context._outputs = _NOT_THERE if moved else None
             memory = context.memory
             if memory._stale:
                 memory.applied()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pyllamabatch.errors import decode_error
 
 OUTPUT = 1  # this row's logits can be read with Context.logits(row)
-SAMPLE = 2  # this row is sampled with its sequence's slot
+SAMPLE = 2  # this row is sampled with its sequence's slot; OUTPUT besides, to read its logits
 
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.step import spans
 from pyllamabatch.step.ring_reader import Page, StreamStepper
-from pyllamabatch.step.stepper import Stepper
+from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Stepper
 from tests.support.decoding import begin, write
 from tests.support.engines import greedy
 from tests.support.models_gguf import gguf_path
@@ -179,3 +179,29 @@ def test_spans_tell_what_is_filled_in(model: Model) -> None:
         told.append(sum(span.rows for span in found) - len(slots))
     assert alone["filled"].tolist() == told
     assert set(told) >= {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+def test_logits_are_those_of_their_rows(context: Context) -> None:
+    """A row that is asked for its output is where the caller has put it; without that no other
+    row's logits are taken for its own."""
+    plain = context.batch()
+    for token, seq in ((5, 0), (9, 2)):
+        plain.add(token, 0, seq, logits=True)
+    context.decode(plain)
+    expected = [context.logits(row) for row in (0, 1)]
+    context.memory.clear()
+    with closing(Stepper(context, gap_max=1, n_threads=1)) as stepper:
+        rows = stepper.rows
+        rows.token[:2], rows.pos[:2], rows.seq[:2], rows.flags[:2] = (5, 9), 0, (0, 2), OUTPUT
+        assert stepper.step(2).code == 0
+        assert [np.allclose(context.logits(row), expected[row]) for row in (0, 1)] == [True, True]
+
+        for seq in (0, 2):
+            stepper.set_slot(seq, greedy(9))
+        rows.pos[:2], rows.flags[:2] = 1, SAMPLE
+        assert stepper.step(2).steps["n_filled"] == 1
+        with pytest.raises(ArgumentError, match="row"):
+            context.logits(1)
+        with pytest.raises(UnsupportedOperation):
+            context.logits_all()
