@@ -98,7 +98,7 @@ class DraftModel:
         `Drafts.n_most` says. A sequence of which it lacks much catches up first, which may take
         several calls. Raises what a decode raises: KvCacheFull when sequences were given up for
         want of cells; for any other reason none of these has drafts until it begins again."""
-        native, seqs = self._open(), np.ascontiguousarray(slots, np.int32)
+        native, seqs = self._open(), self._stepper._seqs(slots)
         with self._exclusive:
             code = lib.plb_draft_model_draft(native, ffi.from_buffer("int32_t[]", seqs), len(seqs))
         if code in (lib.PLB_E_ARGUMENT, lib.PLB_E_SEQ, lib.PLB_E_SEQ_TWICE):

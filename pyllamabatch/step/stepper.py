@@ -36,6 +36,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import owned
 from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.params import check_range, flat_integers
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
@@ -74,8 +75,8 @@ __all__ = [
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _NO_SLOTS = np.zeros(0, np.int32)
-
 _NOT_THERE = np.zeros(0, np.int8)  # outputs of a step whose rows lie elsewhere
+
 
 class Stepper:
     """Rows in, one native call, sampled tokens out, on one `Context`.
@@ -158,7 +159,7 @@ class Stepper:
 
         Where `drafts` has tokens to check, a step may sample several tokens of a sequence: the same
         ones, with the same draws, as so many steps."""
-        seqs = np.ascontiguousarray(slots, dtype=np.int32)
+        seqs = self._seqs(slots)
         if not 0 < seqs.size <= self.n_seq_max:
             raise ArgumentError("slots", f"{seqs.size} of them", f"must be 1..{self.n_seq_max}")
         if not 0 < n_steps <= self.n_steps_max:
@@ -341,12 +342,17 @@ class Stepper:
         pos = integer("next_pos", next_pos, 0, self.n_pos_max - 1)
         if slot._slot is None:
             raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
+        if not len(ids):
+            raise ArgumentError("tokens", tokens, "must be at least one")
         pointer = ffi.from_buffer("llama_token[]", ids)
         code = lib.plb_slot_replay(slot._slot, pointer, len(ids), draws, pos)
         if code == lib.PLB_E_ARGUMENT:
-            raise ArgumentError("tokens", f"{len(ids)} of them", "1 or more, less than max_tokens")
-        if code:
+            limit = f"must be new, for more than {len(ids)} tokens, and without n_draws if greedy"
+            raise ArgumentError("slot", slot, limit)
+        if code in (lib.PLB_E_GRAMMAR_STATE, lib.PLB_E_NO_CANDIDATE):
             raise GrammarError("the grammar does not lead to these tokens")
+        if code:
+            raise slot_failure(code, -1, "")
 
     def slot(self, seq_id: int) -> SlotInfo:
         """A slot's state; `ArgumentError` when the sequence has none."""
@@ -407,6 +413,12 @@ class Stepper:
 
     def _seq(self, seq_id: int, name: str = "seq_id") -> int:
         return integer(name, seq_id, 0, self.n_seq_max - 1)
+
+    def _seqs(self, slots: npt.NDArray[np.int32] | Sequence[int]) -> npt.NDArray[np.int32]:
+        array = flat_integers("slots", slots)
+        if array.dtype != np.int32:  # the native side checks these
+            check_range("slots", array, 0, self.n_seq_max - 1)
+        return np.ascontiguousarray(array, np.int32)
 
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:

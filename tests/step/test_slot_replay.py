@@ -68,9 +68,10 @@ def test_draws_are_counted(context: Context) -> None:
 def test_what_can_not_have_been_sampled(context: Context) -> None:
     params = SamplingParams(max_tokens=4, temperature=0, grammar='root ::= "abc"')
     with Stepper(context, n_threads=1) as stepper:
-        for tokens, draws in [([], 0), ([5] * 4, 0), ([5], 1)]:
-            with pytest.raises(ArgumentError):
+        for tokens, draws, argument in [([], 0, "tokens"), ([5] * 4, 0, "slot"), ([5], 1, "slot")]:
+            with pytest.raises(ArgumentError) as caught:
                 stepper.replay(stepper.make_slot(params), tokens, draws, 4)
+            assert caught.value.argument == argument
         with pytest.raises(ArgumentError):
             stepper.replay(stepper.make_slot(params), np.array([10**6]), 0, 4)
         wrong = context.model.vocab.tokenize("z", add_special=False)

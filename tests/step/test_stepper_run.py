@@ -188,3 +188,11 @@ def test_closed(context: Context) -> None:
     for n in (0, 65537):
         with pytest.raises(ArgumentError, match="n_steps_max"):
             Stepper(context, n_steps_max=n)
+
+
+@pytest.mark.parametrize("slots", [np.array([2**32]), [2**32], [0.7], [[0]]], ids=str)
+def test_slots_are_sequences_as_they_are_given(stepper: Stepper, slots: Any) -> None:
+    start(stepper, [params()])
+    with pytest.raises(ArgumentError, match="slots"):
+        stepper.run(slots, 1)
+    assert stepper.slot(0).n_generated == 1
