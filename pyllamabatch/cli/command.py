@@ -35,6 +35,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None or sys.stderr is None:  # closed, or of a program without a console
+        nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for good
+        sys.stdout, sys.stderr = sys.stdout or nothing, sys.stderr or nothing
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what its locale has not, as on stderr
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how its line may go on

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
-        lines = stack.enter_context(_input(args.prompts))
+        lines = _input(args.prompts, stack)
         results = _results(args, stack)
         options = sampling_options(args)
         SamplingParams(**options)  # a bad flag is the command's failure, not that of every line
@@ -191,8 +191,11 @@ def _engine(args: argparse.Namespace, model: Model, stack: ExitStack) -> Engine:
     return engine
 
 
-def _input(name: str) -> BinaryIO:
-    # Not sys.stdin: a reader that still waits on it at exit would hold its lock.
+def _input(name: str, stack: ExitStack) -> BinaryIO:
+    """A pipe stays open: a reader that waits for its next line holds the lock that closing it
+    takes, and at the end of the process that of sys.stdin."""
+    if name != "-" and Path(name).is_file():
+        return stack.enter_context(open(name, "rb"))
     return open(0, "rb", closefd=False) if name == "-" else open(name, "rb")
 
 

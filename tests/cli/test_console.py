@@ -57,6 +57,14 @@ def test_without_a_bar_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert terminal.getvalue().endswith(plain)
 
 
+def test_without_any_output() -> None:
+    """As where a shell has closed it, or on Windows a program has no console."""
+    closed = "import sys; sys.stdout = sys.stderr = None"
+    said = "from pyllamabatch.cli import main; sys.exit(main(['info', '--no-model']))"
+    done = ended([sys.executable, "-c", f"{closed}; {said}"])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_text_breaks_between_words_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

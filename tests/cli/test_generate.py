@@ -277,6 +277,29 @@ def test_a_reader_that_goes_away() -> None:
         assert process.wait(timeout=60) == 1
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (None, 1)])
+def test_the_end_waits_for_no_input(number: signal.Signals | None, status: int) -> None:
+    """It is told to end, or its reader goes away, while more lines may come."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command("-n", 8), stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = [json.dumps(line).encode() + b"\n" for line in make_lines(2)]
+        process.stdin.write(lines[0])
+        process.stdin.flush()
+        process.stdout.readline()
+        if number is not None:
+            process.send_signal(number)
+        else:
+            process.stdout.close()
+            process.stdin.write(lines[1])
+            process.stdin.flush()
+        try:
+            assert process.wait(timeout=60) == status
+        finally:
+            process.kill()
+
+
 def test_seeds_make_sampling_repeatable(files: Files) -> None:
     """One at a time: steps with another number of rows may round the logits otherwise."""
     files.write([{"prompt": "a"}, {"prompt": "a"}, {"prompt": "a", "seed": 5}])
