@@ -21,6 +21,7 @@ from bench import harness
 from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
+from bench.views import failures
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.report.records import Record
@@ -215,8 +216,9 @@ def clients(n: int, seed: int) -> list[TraceRequest]:
 def view(records: Sequence[Record]) -> str:
     """Ratios of the default over counted: throughput, and p99 of the ITL in brackets where they
     are not the same."""
-    loads = list(dict.fromkeys(map(load_of, records)))
-    speed, itl = pairs(records, "speed_tg"), pairs(records, "itl_p99_s")
+    good = [record for record in records if not record.error]
+    loads = list(dict.fromkeys(map(load_of, good)))
+    speed, itl = pairs(good, "speed_tg"), pairs(good, "itl_p99_s")
 
     def cell(name: str, load: str) -> str:
         value, wait = speed.get((name, load)), itl.get((name, load))
@@ -225,6 +227,6 @@ def view(records: Sequence[Record]) -> str:
         same = round(value, 3) == 1 and round(wait, 2) == 1
         return "1" if same else f"{value:.2f} ({wait:.2f})"
 
-    names = dict.fromkeys(record.model_filename for record in records)
+    names = dict.fromkeys(record.model_filename for record in good)
     lines = [[name, *(cell(name, load) for load in loads)] for name in names]
-    return Table(["profile", *loads], lines).markdown()
+    return "\n".join([Table(["profile", *loads], lines).markdown(), *failures(records)])

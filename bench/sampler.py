@@ -15,7 +15,7 @@ from bench import harness
 from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
-from bench.views import Column, by_arm, median_of, paired_ratios
+from bench.views import Column, by_arm, failures, median_of, paired_ratios
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.report.facts import machine
 from pyllamabatch.report.records import Record
@@ -209,7 +209,7 @@ def view(records: Sequence[Record]) -> str:
     """A table for each number of rows and spread of the logits: time over one scan for one row,
     speed-up over one thread for several."""
     kinds: dict[tuple[int, float], list[Record]] = {}
-    for record in records:
+    for record in (record for record in records if not record.error):
         kinds.setdefault((record.pl, record.detail["spread"]), []).append(record)
     parts = []
     for (n_rows, spread), mine in kinds.items():
@@ -223,7 +223,7 @@ def view(records: Sequence[Record]) -> str:
         )
         heading = f"{n_rows} row{'s' * (n_rows > 1)} of normal logits, spread {spread:g}:"
         parts.append(f"{heading}\n\n{by_arm(mine, columns)}")
-    return "\n\n".join(parts)
+    return "\n".join(["\n\n".join(parts), *failures(records)])
 
 
 def over_one_thread(records: Sequence[Record], record: Record) -> float | None:

@@ -13,7 +13,7 @@ from bench import harness
 from bench.case import NO_CONTEXT, NO_MODEL, Arm, Case, Measured
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
-from bench.views import Column
+from bench.views import Column, failures
 from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import Table
@@ -212,11 +212,12 @@ def view(records: Sequence[Record]) -> str:
     """Microseconds of a step, medians of the repeats, by policy and scenario."""
     column = Column("", lambda record: record.t_tg / record.tg, ".1f", 1e6)
     groups: dict[tuple[int, float], dict[str, list[Record]]] = {}
-    for record in records:
+    good = [record for record in records if not record.error]
+    for record in good:
         size = record.pl, record.detail["waiting"]
         groups.setdefault(size, {}).setdefault(record.arm, []).append(record)
     sizes = sorted(groups)
-    arms = dict.fromkeys(record.arm for record in records)
+    arms = dict.fromkeys(record.arm for record in good)
     lines = [[arm, *(column.cell(groups[size].get(arm, [])) for size in sizes)] for arm in arms]
     heads = [f"{running} + {waiting:.0f}" for running, waiting in sizes]
-    return Table(["policy: scenario", *heads], lines).markdown()
+    return "\n".join([Table(["policy: scenario", *heads], lines).markdown(), *failures(records)])

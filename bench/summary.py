@@ -14,6 +14,8 @@ from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
 from pyllamabatch.report.records import Record, read
 from pyllamabatch.report.tables import Table
 
+MADE_BY = "Made by `python -m bench report`"
+
 Draw = Callable[[Sequence[Record], Path], None]
 """The plot of a setting's records, into an SVG file."""
 
@@ -63,6 +65,9 @@ def main(options: argparse.Namespace, benches: Mapping[str, Bench]) -> int:
     ]
     first = sources[0]
     folder: Path = options.out or (first if first.is_dir() else first.parent)
+    page = folder / "README.md"
+    if page.exists() and MADE_BY not in page.read_text(encoding="utf-8"):
+        raise SystemExit(f"{page.resolve()} is no report: name another folder with --out")
     runs = runs_of(record for file in files for record in read(file))
     groups = latest(runs)
     plots: dict[Setting, str] = {}
@@ -75,7 +80,6 @@ def main(options: argparse.Namespace, benches: Mapping[str, Bench]) -> int:
         }
         plots = draw_all(groups, draws, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "README.md"
     page.write_text(markdown(groups, plots, benches, runs), encoding="utf-8")
     print(page)
     return 0
@@ -150,7 +154,7 @@ def markdown(
     lines = [
         "# Results",
         "",
-        "Made by `python -m bench report` from the JSONL files in this folder; every record there "
+        f"{MADE_BY} from the JSONL files in this folder; every record there "
         "names its machine, build, model and seeds. Figures of one table come from the same runs; "
         "tables of different machines or dates are not to be compared.",
     ]

@@ -89,6 +89,7 @@ def speed_table(records: Sequence[Record], base: str, first: str = "B") -> str:
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """A line for each arm and reason that there is no result."""
+    """For below a table: a line for each arm and reason that there is no result."""
     reasons = dict.fromkeys((r.arm, " ".join(r.error.split())) for r in records if r.error)
-    return [f"{arm}: no result: {error[:200]}" for arm, error in reasons]
+    lines = [f"- {arm}: no result: {error[:200]}" for arm, error in reasons]
+    return ["", *lines] if lines else []

@@ -34,7 +34,7 @@ from bench.arms import InProcess
 from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.targets import Figure, Target
-from bench.views import paired_ratios
+from bench.views import failures, paired_ratios
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
@@ -325,7 +325,8 @@ def view(records: Sequence[Record]) -> str:
                 found = [in_range(of.get((DEFAULT, n), ())) for of in (ratios, by_model)]
                 lines.append([f"{n} {'clients' if mixed else 'streams'}", *speeds, *found, *waits])
     heads = ["load", "counted tok/s", "default tok/s", "ratio", "reckoned"]
-    return Table([*heads, "ITL p99, ms", "longest, ms"], lines).markdown()
+    table = Table([*heads, "ITL p99, ms", "longest, ms"], lines).markdown()
+    return "\n".join([table, *failures(records)])
 
 
 def reckoned(records: Sequence[Record]) -> dict[tuple[str, int], list[float]]:

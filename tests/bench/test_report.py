@@ -10,7 +10,7 @@ import pytest
 
 from bench import decode, serve, suite
 from bench.__main__ import main
-from bench.benches import BENCHES, load
+from bench.benches import BENCHES, load, view_of
 from bench.summary import draw_all, latest, markdown, runs_of
 from bench.targets import Target, speed_ratio
 from bench.views import plain
@@ -99,7 +99,22 @@ def test_a_bench_without_a_view_shows_medians_and_details() -> None:
     text = plain([*rows, row("lost", 0.0, error="broken")])
     assert "| arm | sequences | tokens/s | completed | total_tokens_sampled | wait_s |" in text
     assert "| ours | 1 | 6.0 | 1 | 100 | 1.5 |" in text
-    assert text.endswith("lost: no result: broken")
+    assert text.endswith("|\n\n- lost: no result: broken")
+
+
+@pytest.mark.parametrize("name", ["decode", "policies", "sampler", "scheduler", "width"])
+def test_a_bench_whose_arms_all_failed_says_why(name: str) -> None:
+    assert "lost: no result: broken" in view_of(load(name))([row("lost", 0.0, error="broken")])
+
+
+def test_a_page_that_no_report_has_made_stays(tmp_path: Path) -> None:
+    append(tmp_path / "rows.jsonl", [row("ours", 1.0)])
+    page = tmp_path / "README.md"
+    page.write_text("# A project\n")
+    with pytest.raises(SystemExit, match="is no report: name another folder with --out"):
+        main(["report", str(tmp_path / "rows.jsonl")])
+    assert page.read_text() == "# A project\n"
+    assert not (tmp_path / "plots").exists()
 
 
 def test_the_report_of_the_committed_records(tmp_path: Path) -> None:

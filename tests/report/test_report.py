@@ -51,5 +51,6 @@ def test_a_table_of_speeds_has_medians_ratios_and_failures() -> None:
     records += [row("ours", 4, 80, repeat=2), row("lost", 4, 0, error="it\nbroke")]
     assert speed_table(records, "base").splitlines() == [
         "| B | base | ours | lost |", "|--:|--:|--:|--:|", "| 4 | 50.0 | 90.0 (2.000) | — |", "",
-        "Largest spread of an arm, (max - min) / median: 22%", "lost: no result: it broke",
+        "Largest spread of an arm, (max - min) / median: 22%", "",
+        "- lost: no result: it broke",
     ]  # fmt: skip
