@@ -1,5 +1,6 @@
 """Fixtures that every test folder shares."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,10 @@ from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
 # A shell ignores it for what runs in the background, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A Mac's GPU is left out, before llama.cpp starts and for processes that tests start: they compare
+# bits, fork, and ask for what only a CPU has. With GGML_METAL_DEVICES=1 it is there.
+os.environ.setdefault("GGML_METAL_DEVICES", "0")
 
 with suppress(ImportError):  # an installed wheel is tested with nothing but pytest
     from hypothesis import HealthCheck, settings
