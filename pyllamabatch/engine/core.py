@@ -25,6 +25,7 @@ from ..errors import (
     ContextCreateError,
     PyllamabatchError,
     SamplingError,
+    UnsupportedOperation,
     decode_error,
 )
 from ..kv import SwapSpace
@@ -256,6 +257,12 @@ class EngineCore:
     def is_own_thread(self) -> bool:
         """Whether the caller would wait for itself."""
         return threading.current_thread() in (self.thread, self.output_processor.thread)
+
+    def may_wait(self) -> None:
+        """UnsupportedOperation where the caller would wait for itself."""
+        if self.is_own_thread():
+            why = "a callback can't wait for a stream: its thread brings what that waits for"
+            raise UnsupportedOperation(why)
 
     @property
     def n_untaken(self) -> int:

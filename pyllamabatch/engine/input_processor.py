@@ -111,7 +111,8 @@ class InputProcessor:
             RequestOptions(**values, lora=lora, space=self._space(lora)),
             budget=sampled.max_tokens,
         )
-        host = Host(self._core.cancel, self._core.output_processor.watch, engine)
+        core = self._core
+        host = Host(core.cancel, core.output_processor.watch, engine, core.may_wait)
         stream = Stream(request.id, len(tokens), params, self._pieces(params), host, now)
         return self._core.stream_to(request, stream)
 

@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Host:
     """What a stream needs of its engine, which it keeps alive while it is open. `cancel(id)` ends
-    its request. `watch(stream)`: a reader waits for more. `process`: a reader in a forked child
-    would wait for ever."""
+    its request. `watch(stream)`: a reader waits for more. `may_wait()` raises in a thread, and
+    `process` in a forked child, where a reader would wait for ever."""
 
     cancel: Callable[[int], None]
     watch: Callable[[Stream], None]
     engine: object = None
+    may_wait: Callable[[], None] = lambda: None
     process: Process = field(default_factory=Process)
 
 
@@ -160,7 +161,7 @@ class Stream:
                     return len(self._tokens) >= n
                 self._watch()
                 if not self._has_more():  # as in `_wait_for_more`
-                    self._more.wait()
+                    self._wait()
 
     @property
     def done(self) -> bool:
@@ -168,9 +169,12 @@ class Stream:
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result once it is there, also when it is an error. TimeoutError when it takes longer
-        than `timeout` seconds, EngineClosed in a forked child."""
+        than `timeout` seconds, EngineClosed in a forked child, UnsupportedOperation in a callback
+        of the engine."""
         self._check_process()
         with self._lock:
+            if timeout is None and self._host is not None:
+                self._host.may_wait()
             if not self._end.wait_for(lambda: self._result is not None, timeout):
                 raise TimeoutError(f"request {self.id} is not done after {timeout} s")
             assert self._result is not None
@@ -431,7 +435,12 @@ class Stream:
                 return
             self._watch()
             if not self._has_more():  # once more: `_watch` was too late for what came before
-                self._more.wait()
+                self._wait()
+
+    def _wait(self) -> None:
+        if self._host is not None:
+            self._host.may_wait()
+        self._more.wait()
 
     def _follow(self, call: Callable[[], None]) -> None:
         """`call()` each time when there may be more for `_chunk_from`, at the end too. It has to

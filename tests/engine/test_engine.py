@@ -8,8 +8,8 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.stats import EngineStats
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
@@ -271,6 +272,33 @@ def test_a_done_callback_may_submit(model: Model) -> None:
         engine.submit(PROMPT, greedy()).add_done_callback(again)
         assert done.wait(30)
     assert len({tuple(result.tokens) for result in results}) == 1
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda stream: stream.result(),
+        lambda stream: list(stream),
+        lambda stream: stream.wait_for_tokens(2),
+    ],
+    ids=["result", "iter", "tokens"],
+)
+def test_a_done_callback_that_waits_for_another_stream_is_told_that_it_can_not(
+    model: Model, wait: Callable[[Stream], object]
+) -> None:
+    told = Future[str]()
+
+    def waits(stream: Stream) -> None:
+        assert stream.result().finish_reason == "length"
+        try:
+            wait(engine.submit(PROMPT, greedy()))
+        except UnsupportedOperation as error:
+            told.set_result(str(error))
+
+    with small(model) as engine:
+        with engine._core.state:  # it does not end before it has a callback
+            engine.submit(PROMPT, greedy(ignore_eog=True)).add_done_callback(waits)
+        assert "a callback can't wait" in told.result(60)
 
 
 def test_close_finishes_what_is_open(model: Model) -> None:
