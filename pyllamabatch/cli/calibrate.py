@@ -10,6 +10,7 @@ is saved, and the exit status is 1."""
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from pyllamabatch.cli.options import add_model_arguments, add_shared, load_model
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
+from pyllamabatch.engine.context_defaults import ubatch_of
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.tables import Table
 
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=positive, default=120.0, metavar="S", help="seconds to measure (120)")
     layout = "one pool of cells for all sequences, or cells of each one's own (both)"
     add("--layout", choices=("both", "unified", "streams"), default="both", help=layout)
-    add_shared(add, n_ubatch=512, threads=None)
+    add_shared(add, n_ubatch=None, threads=None)
     add("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
     add("--type-v", metavar="TYPE", help="of the values in KV cells")
     add("--out", type=Path, metavar="FILE", help="instead of the cache folder")
@@ -38,18 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    names = {"n_ubatch": "n_ubatch", "n_threads": "threads", "type_k": "type_k", "type_v": "type_v"}
+    names = {"n_threads": "threads", "type_k": "type_k", "type_v": "type_v"}
     given = {name: getattr(args, flag) for name, flag in names.items()}
     params = {name: value for name, value in given.items() if value is not None}
     layouts = ("unified", "streams") if args.layout == "both" else (args.layout,)
+    folder = profile_folder() if args.out is None else args.out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.out is not None and args.out.is_dir():
+        raise ArgumentError("--out", str(args.out), "a file, not a folder")
+    with TemporaryFile(dir=folder):
+        pass  # where none can be written is said before anything is measured
     with (
         load_model(args, quiet=args.quiet) as model,
         ProgressBar("calibrate", quiet=args.quiet) as progress,
     ):
+        params["n_ubatch"] = ubatch_of(model, args.n_ubatch).value
         profile = calibrate(
             model, budget=args.budget, layouts=layouts, progress=progress.update, **params
         )
-    path = args.out or profile_folder() / file_name(profile.key)
+    path = args.out or folder / file_name(profile.key)
     profile.save(path)
     found = {"profile": str(path), **summary(profile)}
     if args.json:

@@ -145,7 +145,8 @@ def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
     rows = rows_to_measure(kernels) if unified else (*range(1, 13), 16, 24, 32)
     shapes = [Shape(n, depth=BASE_DEPTH) for n in rows]
     decode, chunks = _MIXED[unified]
-    shapes += [Shape(n + c, c, 1, BASE_DEPTH) for n in decode for c in (*chunks, full - n)]
+    mixed = [(n, c) for n in decode for c in sorted({*chunks, full - n}) if c > 0]
+    shapes += [Shape(n + c, c, 1, BASE_DEPTH) for n, c in mixed]
     prompts = [(n, 1) for n in _PROMPTS[unified]] + [(128, 2), (512, 4)]
     shapes += [Shape(n, n, n_chunks) for n, n_chunks in prompts if n <= n_ubatch]
     if 2 * n_ubatch <= 2048:

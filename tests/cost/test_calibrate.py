@@ -132,6 +132,14 @@ def test_what_is_measured() -> None:
         assert {n % each.tile for n in few} == set(range(each.tile))
 
 
+@pytest.mark.parametrize("n_ubatch", [1, 8, 32, 40, 512, 2048])
+@pytest.mark.parametrize("unified", [True, False])
+def test_every_step_has_rows_whatever_n_ubatch(n_ubatch: int, unified: bool) -> None:
+    shapes = plan_shapes(AVX2, n_ubatch, unified)
+    assert all(s.rows > 0 and (s.prefill > 0) == (s.n_chunks > 0) for s in shapes)
+    assert len(set(shapes)) == len(shapes)
+
+
 def test_steps_of_few_rows_are_repeated() -> None:
     shapes = plan_shapes(AVX2, 512, True)
     found = [shape for n_round, shape, _ in schedule(shapes) if n_round == 1]
@@ -301,12 +309,19 @@ def test_command(
 ) -> None:
     calm_and_small(monkeypatch)
     monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr("pyllamabatch.engine.context_defaults.UBATCH", 64)
     common = ["calibrate", "-m", str(tiny_llama_path), "--budget", "600", "-t", "1", "-q"]
+    for bad, says in ((str(tmp_path), "a file, not a folder"), ("/proc/x.json", "/proc")):
+        with monkeypatch.context() as nothing:
+            nothing.setattr("pyllamabatch.cli.calibrate.load_model", None)  # said before that
+            assert main([*common, "--out", bad]) == 2
+        assert says in capsys.readouterr().err
     assert main([*common, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     path = Path(said["profile"])
     assert path.parent == tmp_path / "profiles"
     assert len(Profile.load(path).samples) == said["samples"]
+    assert Profile.load(path).n_ubatch == 64  # an engine's own
     assert set(said["layouts"]) == {"unified", "streams"}
     out = tmp_path / "x.json"
     monkeypatch.setattr(meters, "psutil", None)
