@@ -3,6 +3,7 @@
 #include "sampling/thinking.hpp"
 #include "step/engine.hpp"
 
+#include <algorithm>
 #include <regex>
 #include <stdexcept>
 
@@ -11,6 +12,20 @@ namespace plb {
 namespace {
 
 using tokens = std::vector<llama_token>;
+
+// std::regex calls itself for each character and each group: a stack's end is the process's.
+constexpr size_t MAX_PATTERN = 32768; // bytes
+constexpr int    MAX_NESTING = 256;
+
+int nesting(const std::string & pattern) {
+    int depth = 0, most = 0;
+    for (size_t i = 0; i < pattern.size(); ++i) {
+        i += pattern[i] == '\\';
+        depth += i < pattern.size() ? (pattern[i] == '(') - (pattern[i] == ')') : 0;
+        most = std::max(most, depth);
+    }
+    return most;
+}
 
 tokens copied(const llama_vocab * vocab, const llama_token * data, int32_t n) {
     if (n < 0 || (n > 0 && data == nullptr)) {
@@ -45,11 +60,17 @@ void check_patterns(const plb_grammar_start & start) {
         throw failure{PLB_E_SAMPLING, "grammar_start: fewer patterns than it says"};
     }
     for (int32_t i = 0; i < start.n_patterns; ++i) {
+        const std::string text = start.patterns[i];
+        if (text.size() > MAX_PATTERN || nesting(text) > MAX_NESTING) {
+            throw failure{PLB_E_GRAMMAR, "a trigger pattern of " + std::to_string(text.size()) + " bytes, " +
+                                             std::to_string(nesting(text)) + " groups deep: at most " +
+                                             std::to_string(MAX_PATTERN) + " and " + std::to_string(MAX_NESTING)};
+        }
         try {
-            std::regex pattern(start.patterns[i]);
+            std::regex pattern(text);
         } catch (const std::regex_error & error) {
-            throw failure{PLB_E_GRAMMAR, std::string("the trigger pattern ") + start.patterns[i] +
-                                             " is no regular expression: " + error.what()};
+            throw failure{PLB_E_GRAMMAR, "the trigger pattern " + text + " is no regular expression: " +
+                                             error.what()};
         }
     }
 }

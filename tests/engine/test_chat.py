@@ -243,6 +243,10 @@ def test_what_is_refused(engine: Engine, given: dict[str, Any], params: Any, nam
 
 
 def test_a_trigger_that_is_no_regular_expression(engine: Engine) -> None:
+    for pattern in ("a" * 90_000, "(" * 20_000 + "a" + ")" * 20_000):
+        large = Grammar("root ::= [a]", lazy=True, trigger_patterns=(pattern,))
+        with pytest.raises(GrammarError, match=f"a trigger pattern of {len(pattern)} bytes"):
+            engine.submit("x", SamplingParams(grammar=large))
     grammar = Grammar("root ::= [a]", lazy=True, trigger_patterns=("(",))
     with pytest.raises(GrammarError, match="no regular expression"):
         engine.submit("a", SamplingParams(grammar=grammar))
