@@ -34,7 +34,7 @@ class ChatBody(SamplingBody):
     reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
+    continue_final_message: bool | Literal["content", "reasoning_content"] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 

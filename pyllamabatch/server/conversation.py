@@ -38,12 +38,14 @@ class Turn:
         return PlainReader() if self.plain else self.prompt.reader()
 
 
-def turn_of(
-    service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
-) -> Turn:
+def turn_of(service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> Turn:
     """The turn that answers these messages, which are `checked`, and in OpenAI's form, as its
-    tools are."""
-    options = ChatOptions() if options is None else options
+    tools are. An answer at their end goes on, unless the options say otherwise, as in llama-server
+    and with Anthropic's models."""
+    last = messages[-1] if messages else {}
+    is_begun = last.get("role") == "assistant" and not last.get("tool_calls")
+    if is_begun and "add_generation_prompt" not in options:
+        options.setdefault("continue_final_message", True)
     if service.options.thinking is not None:
         options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)

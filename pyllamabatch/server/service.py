@@ -230,6 +230,7 @@ class Service:
         if body.logit_bias is not None:
             sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
             self.vocab.check_tokens(list(bias), "logit_bias")
+        self.vocab.check_tokens(body.stop_token_ids or (), "stop_token_ids")
         options = self._options(body)
         tokens = [self.tokens(prompt) for prompt in prompts]
         try:

@@ -6,7 +6,7 @@ import pytest
 
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.options import ServerOptions
-from tests.support.served import serving
+from tests.support.served import SUM, Served, serving
 
 TEXTS = ("One.", "Two.", "Three.")
 STRING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -44,3 +44,28 @@ def test_parts_are_joined_as_by_llama_cpp(
         assert counted == {"input_tokens": n}
         response = served.ok("/v1/responses", {"input": [asked("input_text")]})
         assert response["usage"]["input_tokens"] == n
+
+
+BEGUN: list[dict[str, Any]] = [
+    {"role": "user", "content": SUM},
+    {"role": "assistant", "content": "It is"},
+]
+
+
+def test_an_answer_at_the_end_goes_on(served: Served) -> None:
+    """As in llama-server and with Anthropic's models. vLLM's clients ask for another one."""
+    vocab = served.engine.model.vocab
+    prompt = vocab.chat_template().render(BEGUN, continue_final_message=True)
+    assert prompt.endswith("It is")
+    n = len(vocab.tokenize(prompt))
+    assert served.ok("/apply-template", {"messages": BEGUN}) == {"prompt": prompt}
+    assert served.ok("/v1/messages/count_tokens", {"messages": BEGUN}) == {"input_tokens": n}
+    response = served.ok("/v1/responses", {"input": BEGUN, "max_output_tokens": 1})
+    assert response["usage"]["input_tokens"] == n
+    for more in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        asked = served.ok("/apply-template", {"messages": BEGUN, **more})
+        assert asked == {"prompt": vocab.apply_chat_template(BEGUN)}
+    called = {"id": "a", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    calls: list[dict[str, Any]] = [*BEGUN[:1], {**BEGUN[1], "tool_calls": [called]}]
+    asked = served.ok("/apply-template", {"messages": calls})
+    assert asked == {"prompt": vocab.apply_chat_template(calls)}

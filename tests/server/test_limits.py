@@ -71,6 +71,7 @@ def nested(levels: int) -> Any:
         (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
          "tools[0].type"),
         (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
+        (TEXT, {"stop_token_ids": [5, 999]}, "stop_token_ids[1]"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": SUM, "tool_choice": {"type": "web_search"}}, "tool_choice"),
         (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
