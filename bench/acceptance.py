@@ -6,9 +6,10 @@ costs what it always does, no Python in a step. Prompts are random tokens, answe
 have all of their tokens. With `--model gemma3-1b-counts` these repeat nothing, and do not depend on
 rounding, so that the acceptance is what was asked for on any device.
 
-The engines that draft answer for `--learn` seconds before they are measured: it is about one that
-has run for a while. It has forgotten the answers themselves. All arms compute the texts before each
-run; `watches` knows what drafts would be, and never has any: what it loses is no decision's loss.
+All engines answer for `--learn` seconds before they are measured: it is about one that has run for
+a while, on a device that is as warm. It has forgotten the answers themselves. All arms compute the
+texts before each run; `watches` knows what drafts would be, and never has any: what it loses is no
+decision's loss.
 
 Each run has an engine of its own. On a GPU two that are alike differ by some percent as long as
 they live: pairs of runs of the same two would tell more of these than of drafts.
@@ -93,7 +94,7 @@ class Known(EngineSpeculates):
         # As much as it is told, so that the answers themselves are forgotten.
         corpus = n * sum(KNOWN + min(DRAFTED, case.tg - at) for at in range(case.tg))
         super().__init__(case, model, {"speculate": Ngram(corpus) if drafts else None, **options})
-        self._learn = learn if drafts else 0.0
+        self._learn = learn
         self._random = np.random.default_rng(case.seed)
         shape = (n, PROMPT)
         self._each = 1
