@@ -90,6 +90,8 @@ class Scheduler:
             object.__setattr__(policy, "speculate", ByGain())
         self.policy = policy
         self._pool = kv.pool  # what streams may become
+        self.most_cells = (kv.pool or self).limits.most_cells
+        """Cells that a sequence can have, also where there would be a pool first."""
         self._way_back = None if kv.pool is None else WayBack(Pool(self.limits, kv.sharing))
         self.invariance = kv.invariance
         if kv.invariance is not None and limits.unified:
@@ -208,7 +210,7 @@ class Scheduler:
     def check_fits(self, n_prompt: int, max_tokens: int) -> None:
         """RequestTooLong when the request could not finish even with the cache to itself. The
         token that is sampled last is never computed, so it needs no cell."""
-        limit = self.most_cells
+        limit = self.most_cells  # not what there is now: any thread may ask
         if n_prompt + max_tokens - 1 > limit:
             raise RequestTooLong(
                 "prompt",
@@ -216,11 +218,6 @@ class Scheduler:
                 f"with max_tokens={max_tokens} it needs {n_prompt + max_tokens - 1} KV cells, "
                 f"a sequence of this engine can have {limit}",
             )
-
-    @property
-    def most_cells(self) -> int:
-        """Cells that a sequence can have."""
-        return (self.limits if self._pool is None else self._pool.limits).most_cells
 
     def _claim(self, id: int, n_cells: int) -> None:
         """A sequence has so many cells to fill: if that is more than a stream has, there will be a

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.errors import RequestTooLong
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import Limits, SequenceView
+from pyllamabatch.scheduler import Limits, SequenceView, fcfs
 from pyllamabatch.scheduler.kv_options import Pool
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
@@ -46,6 +46,19 @@ def test_a_long_request_gets_a_pool_and_what_runs_is_computed_again() -> None:
     m.add(4, 290, 11, 11)
     m.run()
     assert m.moved["pool"] == 1
+
+
+def test_what_a_sequence_can_have_is_the_same_while_there_comes_a_pool() -> None:
+    """Other threads ask at any time whether a request fits."""
+    found = []
+    policy = replace(fcfs(), ended=lambda seq: found.append(m.scheduler.most_cells))
+    m = Machine(STREAMS, policy, sharing=BESIDE, pool=POOL)
+    m.add(0, 30, 40, 40)
+    m.step()
+    m.add(1, 200, 20, 20)
+    m.run()
+    assert m.moved["pool"] == 1
+    assert found == [300] * 3  # what ran made way for the pool, and both have ended
 
 
 def test_what_fits_the_pool_no_more_than_a_stream_is_refused() -> None:
