@@ -257,6 +257,20 @@ def test_a_schema_of_the_content(hermes: ChatTemplate) -> None:
         assert "rain" in grammar.text
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["<tool_call><function=<parameter=", "[SYSTEM_PROMPT][TOOL_CALLS][ARGS]"],
+    ids=["Qwen3-Coder's", "Ministral's"],
+)
+def test_a_schema_beside_tools_is_the_grammar(model: Model, words: str) -> None:
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(model, f"{{# {words} #}}{{{{ tools }}}}{turns}")
+    prompt = template.render([USER], tools=[TIME], json_schema={"type": "integer", "maximum": 7})
+    assert prompt.grammar is not None
+    assert not prompt.grammar.lazy
+    assert "response-format" in prompt.grammar.text
+
+
 def test_text_parts_and_template_variables(model: Model) -> None:
     template = ChatTemplate(model, "{{ mood }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
