@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,10 +88,12 @@ def run(args: argparse.Namespace) -> int:
         options = sampling_options(args)
         SamplingParams(**options)  # a bad flag is the command's failure, not that of every line
         if args.trace is not None:
-            open(args.trace, "w").close()  # likewise
+            open(args.trace, "a").close()  # likewise
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         requests = Requests(model, options, args.seed, args.chat_template)
+        engine = None
         if args.overwrite:
+            engine = _engine(args, model, stack)  # before the rows are lost: it may be refused
             results.clear()
         n_lines = _count_lines(args.prompts)
         progress = stack.enter_context(ProgressBar("generate", n_lines, quiet=args.quiet))
@@ -102,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
         batch.resume()
         progress.update(batch.n_resumed)
         if batch.n_resumed != n_lines:
-            engine = _engine(args, model, stack)
+            engine = engine or _engine(args, model, stack)
             try:
-                batch.run(lambda line: requests.submit(engine, line))
+                batch.run(partial(requests.submit, engine))
             except KeyboardInterrupt:
                 progress.note("interrupted: run the same command to answer the other lines")
                 raise

@@ -324,6 +324,18 @@ def test_a_trace_of_what_the_engine_did(files: Files) -> None:
     assert sum(step["args"]["sampled"] for step in steps) == 3 + 4 + 5 + 6
     tracks = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert tracks == {"steps", *(f"request {i}" for i in range(1, 5))}
+    written = trace.read_bytes()
+    assert files.run("-q", "--ignore-eog", "--trace", trace) == 0  # no step: all is answered
+    assert trace.read_bytes() == written
+
+
+@pytest.mark.parametrize("words", ["--policy none", "--n-batch 1", "--speculate none"])
+def test_what_an_engine_refuses_overwrites_nothing(files: Files, words: str) -> None:
+    files.write([{"prompt": "a"}])
+    assert files.run("-q", "-n", 1) == 0
+    rows = files.rows()
+    assert files.run("-q", "-n", 1, "--overwrite", *words.split()) != 0
+    assert files.rows() == rows
 
 
 def test_layers_that_predict_are_loaded_where_they_are_asked_for(files: Files) -> None:
