@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             about["model"] = describe(model)
             about["engine"] = engine_defaults(model)
     if args.json:
-        print(json.dumps(about, ensure_ascii=False))
+        print(json.dumps(about))
     else:
         say(in_words(about))
     return 0

@@ -204,7 +204,7 @@ def _options(args: argparse.Namespace) -> Any:
     return ServerOptions(
         model_name=args.alias,
         api_keys=_keys(args),
-        cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
+        cors_origins=[one for word in args.cors_origins.split(",") if (one := word.strip())],
         sampling=sampling_options(args) | ({} if args.seed is None else {"seed": args.seed}),
         body_bytes_max=args.max_body,
         request_timeout=args.timeout,

@@ -37,6 +37,14 @@ def test_json(capsys: Any) -> None:
         assert about["engine"]["n_ubatch"] == engine.n_ubatch
 
 
+def test_json_is_written_in_every_locale(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("platform.platform", lambda: "Größe")
+    assert main(["info", "--json", "--no-model"]) == 0
+    said = capsys.readouterr().out
+    assert said.isascii()
+    assert json.loads(said)["platform"] == "Größe"
+
+
 def test_text_names_what_matters(capsys: Any) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out

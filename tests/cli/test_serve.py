@@ -48,6 +48,13 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
         pass
 
 
+def test_blanks_in_a_list_are_of_no_origin() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    options = serve._options(parser.parse_args(["--cors-origins", "http://a, http://b,"]))
+    assert options.cors_origins == ["http://a", "http://b"]
+
+
 def test_a_seed_is_that_of_each_request() -> None:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
