@@ -134,7 +134,7 @@ def load_acceptance(path: str | PathLike[str]) -> list[float]:
             if row is not None and row["finish_reason"] != "error":
                 found.append(acceptance_of(row["n_drafts"], row["n_drafted"], row["n_accepted"]))
     except (ValueError, KeyError, TypeError) as error:
-        limit = f"line {number}: must be what `generate` wrote, not {error!r}"
+        limit = f"line {number}: must be what `generate` wrote: {type(error).__name__}: {error}"
         raise ArgumentError("acceptance", str(path), limit) from None
     if not any(share is not None for share in found):
         raise ArgumentError("acceptance", str(path), "must have requests with drafts")

@@ -46,10 +46,11 @@ def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> Non
     data = re.search(r"const RECORDED = (.*?);</script>", html)
     assert data is not None
     assert json.loads(data[1].replace("<\\/", "</"))["steps"] == found
-    for text in ("{}", '{"traceEvents": []}', "no JSON"):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(ArgumentError, match="generate --trace"):
+    for bad in (b"{}", b'{"traceEvents": []}', b"no JSON", b"GGUF" + bytes(range(256)) * 100):
+        (tmp_path / "bad.json").write_bytes(bad)
+        with pytest.raises(ArgumentError, match="generate --trace") as caught:
             live.recorded(tmp_path / "bad.json")
+        assert len(str(caught.value)) < 1000
 
 
 def test_drafts_padding_and_preemptions_are_there_live_and_recorded(tmp_path: Path) -> None:

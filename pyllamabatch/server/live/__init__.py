@@ -105,7 +105,8 @@ def recorded(path: str | PathLike[str]) -> list[Step]:
         try:
             return _of_events(json.load(file)["traceEvents"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ArgumentError("FILE", str(path), f"{limit}: {error!r}") from None
+            why = f"{type(error).__name__}: {error}"  # its repr may have the whole file
+            raise ArgumentError("FILE", str(path), f"{limit}: {why}") from None
 
 
 def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
