@@ -54,9 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 def run(args: argparse.Namespace) -> int:
     chosen = machine(args.machine)
-    chosen = replace(
-        chosen, memory=args.memory or chosen.memory, device_limit=args.limit or chosen.device_limit
-    )
+    if args.limit is not None and chosen.kind == "cpu":
+        raise ArgumentError(
+            "--limit", args.limit, "a device's, and this machine has none: --memory"
+        )
+    if args.kv_per_cell and args.weights is None:
+        raise ArgumentError("--kv-per-cell", args.kv_per_cell, "goes with --weights")
+    given = {"memory": args.memory, "device_limit": args.limit}
+    chosen = replace(chosen, **{name: n for name, n in given.items() if n is not None})
     model_named = args.model is not None or args.hf_repo is not None
     if args.weights is not None and (model_named or args.measure):
         raise ArgumentError("--weights", args.weights, "goes without -m, -hf and --measure")

@@ -149,11 +149,22 @@ def test_small_cells_have_a_largest_context(n: int, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "args", ["--machine nowhere", "--weights 1G --measure", "--weights 1G -m x.gguf"]
+    ("args", "says"),
+    [
+        ("--machine nowhere", "machine"),
+        ("--weights 1G --measure", "--weights"),
+        ("--weights 1G -m x.gguf", "--weights"),
+        ("--kv-per-cell 1K", "--kv-per-cell=1000: goes with --weights"),
+        ("--limit 1G", "--limit=1000000000: a device's"),
+    ],
 )
-def test_plan_refuses(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses(
+    args: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "nowhere" not in args:
+        monkeypatch.setattr("pyllamabatch.cli.plan.machine", lambda _: Machine("a", "cpu", GIB, 0))
     assert main(["plan", *args.split()]) == 2
-    assert capsys.readouterr().err.startswith("pyllamabatch: ")
+    assert capsys.readouterr().err.startswith(f"pyllamabatch: {says}")
 
 
 @pytest.mark.parametrize("size", ["x", "-1G", "1X", "nan"])
