@@ -223,7 +223,7 @@ class CommandQueue:
         with self._lock:
             self._n_awaited = n_awaited
             if not self._commands:
-                self._news.wait(seconds)
+                self._news.wait(min(seconds, threading.TIMEOUT_MAX))
             self._n_awaited = 0
 
     def stop_leading(self, *, rest: bool) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -493,7 +494,7 @@ class Engine:
         """Free the context. Open requests are finished first (for `timeout` seconds at most, then
         cancelled), or with wait=False cancelled at once, which takes no longer than one step.
         Closing twice is fine."""
-        self._core.close(wait=wait, timeout=timeout)
+        self._core.close(wait=wait, timeout=_seconds("timeout", timeout))
         self._embedders.close()
 
     def __enter__(self) -> Engine:
@@ -508,4 +509,5 @@ class Engine:
 
 
 def _seconds(name: str, given: float | None) -> float | None:
-    return None if given is None else number(name, given, 0)
+    """That a lock can wait for. None: no limit."""
+    return None if given is None else min(number(name, given, 0), TIMEOUT_MAX)

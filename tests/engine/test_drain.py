@@ -226,3 +226,22 @@ def test_asyncio(model: Model) -> None:
     with engine_on(model) as engine:
         asyncio.run(run(engine))
         check_usable(engine)
+
+
+def test_longer_than_a_system_can_wait_is_as_long_as_it_takes(model: Model) -> None:
+    """As "never" is written: a computer's clock ends some hundred years from now."""
+    never = 1e12
+    with engine_on(model, n_seq_max=1, max_waiting=1, patience=never) as engine:
+        with engine.sequence(greedy()) as idle:
+            idle.prompt(PROMPT)
+            first = engine.submit(PROMPT, greedy(3))  # waits for the slot
+            with held(engine), ThreadPoolExecutor(1) as pool:
+                second = pool.submit(engine.submit, PROMPT, greedy(3), queue_timeout=never)
+                idle.close()
+                assert len(second.result(60).result(60).tokens) == 3
+        assert len(first.result(60).tokens) == 3
+        assert engine.drain(never)
+        with pytest.raises(ArgumentError, match="timeout=-1"):
+            engine.close(timeout=-1)
+        assert not engine.closed
+        engine.close(timeout=never)
