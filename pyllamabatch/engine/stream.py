@@ -133,16 +133,18 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far."""
-        self._watch()
+        self._check_process()
         with self._lock:
+            self._watch()
             self._catch_up()
             return self._feed.text
 
     @property
     def tokens(self) -> list[int]:
         """The tokens so far."""
-        self._watch()
+        self._check_process()
         with self._lock:
+            self._watch()
             self._take()
             return self._tokens.copy()
 
@@ -154,6 +156,7 @@ class Stream:
     def wait_for_tokens(self, n: int) -> bool:
         """Whether it has so many tokens, once it has them or has ended. Their text may not be
         certain yet: half a character waits for its other half."""
+        self._check_process()
         with self._lock:
             while True:
                 self._take()
@@ -479,8 +482,7 @@ class Stream:
 
     def _watch(self) -> None:
         """The output processor fetches what is new. A reader that does not wait for it finds it
-        the next time."""
-        self._check_process()
+        the next time. The lock is held, so that no stream is watched behind its end."""
         host = self._host
         if host is not None:
             self._is_waited_for = True

@@ -61,6 +61,17 @@ def push(made: Told, *pieces: bytes) -> bool:
     return stopped
 
 
+def test_a_stream_is_not_watched_behind_its_end() -> None:
+    """Its end waits: it takes the stream out of what is watched, for good."""
+    locked: list[bool] = []
+    host = Host(print, lambda stream: locked.append(stream._lock.locked()))
+    made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), host, 0.0)
+    assert (made.text, made.tokens) == ("", [])
+    made._finish("length")
+    assert (made.text, made.tokens) == ("", [])
+    assert locked == [True, True]
+
+
 def test_tokens_come_in_order_to_every_reader() -> None:
     made = stream()
     with ThreadPoolExecutor(4) as pool:
