@@ -20,12 +20,13 @@ from .errors import ApiError, invalid
 IGNORED = frozenset({
     # OpenAI's
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity",
+    "prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity",
     # Anthropic's
-    "cache_control", "container", "inference_geo", "speed", "diagnostics",
+    "cache_control", "container", "inference_geo", "speed", "diagnostics", "user_profile_id",
+    "workspace_id",
     # llama-server's
-    "cache_prompt", "id_slot", "n_keep", "n_discard", "dry_base", "dry_allowed_length",
-    "dry_penalty_last_n", "dry_sequence_breakers",
+    "cache_prompt", "n_cache_reuse", "id_slot", "n_keep", "n_discard", "dry_base",
+    "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "adaptive_decay",
     "backend_sampling", "speculative.n_max", "speculative.n_min", "speculative.p_min",
     "speculative.type", "speculative.ngram_size_n", "speculative.ngram_size_m",
