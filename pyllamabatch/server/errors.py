@@ -1,12 +1,14 @@
 """Errors as HTTP: the one place where an exception becomes a status and an OpenAI-form body."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from fastapi import Request
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -36,6 +38,7 @@ RETRY_SECONDS = "1"
 ANTHROPIC = "/v1/messages"
 N_ERRORS_MAX = 1000  # of a body that are looked at: a list may have one for each element
 PART_MAX = 100  # characters of a part of a place
+TYPE = re.compile(r"str|int|float|bool|[\w-]+\[.*")
 
 
 class ApiError(Exception):
@@ -125,15 +128,35 @@ def of(error: BaseException) -> ApiError:
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The first thing that pydantic did not like, with its place, value and limit."""
+    """The first thing that pydantic did not like, with its place, value and limit. Of a field of
+    several types what came furthest."""
     if (n := error.error_count()) > N_ERRORS_MAX:
         return ApiError(400, f"the body has {n} values that are not allowed", code="invalid_value")
-    first = error.errors(include_url=False, include_context=False)[0]
-    parts = (str(part)[:PART_MAX] for part in first["loc"])
-    where = ".".join(part for part in parts if part != "function-wrap[validate]")
+    errors = error.errors(include_url=False, include_context=False)
+    of_each: dict[tuple[int | str, ...], ErrorDetails] = {}  # the first one of each type
+    for one in errors:
+        if one["loc"][0] == errors[0]["loc"][0]:
+            of_each.setdefault(tuple(part for part in one["loc"] if _is_type(part)), one)
+    first = max(of_each.values(), key=_how_far)
+    where = ".".join(str(part)[:PART_MAX] for part in _place(first))
     if first["type"] == "missing":
         return ApiError(400, f"{where}: missing", param=where, code="missing_required_parameter")
-    return invalid(where, first["input"], first["msg"])
+    here = dict.fromkeys(one["msg"] for one in of_each.values() if _place(one) == _place(first))
+    return invalid(where, first["input"], " or ".join(here).replace(" or Input ", " or "))
+
+
+def _is_type(part: int | str) -> bool:
+    """Of pydantic's place, which has the type that was tried, too."""
+    return isinstance(part, str) and TYPE.fullmatch(part) is not None
+
+
+def _place(error: ErrorDetails) -> tuple[int | str, ...]:
+    return tuple(part for part in error["loc"] if not _is_type(part))
+
+
+def _how_far(error: ErrorDetails) -> tuple[int, list[int]]:
+    place = _place(error)
+    return len(place), [part for part in place if isinstance(part, int)]
 
 
 def install(app: Starlette) -> None:

@@ -72,6 +72,11 @@ def nested(levels: int) -> Any:
          "tools[0].type"),
         (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
         (TEXT, {"stop_token_ids": [5, 999]}, "stop_token_ids[1]"),
+        (TEXT, {"stop": 5}, "stop"),
+        (TEXT, {"prompt": [1, 2, "three", 4]}, "prompt.2"),
+        (TEXT, {"prompt": [[1, "two"]]}, "prompt.0.1"),
+        ("/completion", {"prompt": ["a", [["b"]]]}, "prompt.1.0"),
+        (CHAT, {"lora": {"a": "much"}}, "lora.a"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": SUM, "tool_choice": {"type": "web_search"}}, "tool_choice"),
         (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
@@ -226,3 +231,8 @@ def test_messages_count_alike_at_both_ends_and_fail_in_their_form(served: Served
     assert last["cache_read_input_tokens"] > 0
     for path, outer in ((MESSAGES, "error"), (CHAT, None)):
         assert served.post(path, {"messages": 1}).json().get("type") == outer
+
+
+def test_a_field_of_several_types_says_all_that_it_may_be(served: Served) -> None:
+    error = served.refused(TEXT, {"prompt": 5})
+    assert "valid string or should be a valid list" in error["message"]
