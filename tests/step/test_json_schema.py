@@ -145,6 +145,11 @@ def test_too_many_ways_to_go_on_end_one_answer(engine: Engine, pattern: str) -> 
         ({"pattern": "^[ -~]$"}, ['" "', '"z"', '"#"', '"]"'], ['"""', '"\\"']),
         ({"pattern": r'^"\\\^[\^"]$'}, [r'"\"\\^^"'], [r'""\^^"', r'"\"\\^""']),
         (
+            {"properties": {"*": {"enum": [1]}}, "additionalProperties": {"type": "null"}},
+            ['{"*":1}', '{"*":1, "b":null}', '{"b":null, "c":null}'],
+            ['{"b":1}', '{"*":null}', '{"*":1, "*":1}'],
+        ),
+        (
             {"properties": {"a]": {}}, "additionalProperties": {"type": "null"}},
             ['{"b":null}', '{"ab":null}', '{"a]":1}'],
             ['{"\\":null}', '{"\n":null}', '{"a]":null,"a]":null}'],
