@@ -1,5 +1,4 @@
-"""Policies on every shipped profile, simulated: the default beside the same one that counts only
-tokens, and others.
+"""Policies on every shipped profile, simulated: the default beside one that counts only tokens.
 
 "counted" is `sarathi:budget=512`: every stream has a row at each step, prompts the rest of an
 ubatch, and the cost model is not asked. Steady: n streams decode, and no other comes. Mixed:

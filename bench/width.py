@@ -1,5 +1,6 @@
-"""The default policy beside the same one that counts only tokens, live: n streams that decode, and
-clients whose prompts come in between.
+"""The default policy beside the same one that counts only tokens, live.
+
+n streams decode, and clients' prompts come in between.
 
 Both arms have a cost model of the device. The default asks it how many rows a step had better
 have, and lets streams take turns, or fills up with rows of prompts; "counted" never asks: every

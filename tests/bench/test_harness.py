@@ -13,8 +13,8 @@ import pytest
 from bench import decode, harness, quiet
 from bench.__main__ import main, parser_of
 from bench.arms import InProcess, StepClock
-from bench.benches import BENCHES, load
-from bench.cache import RESULTS
+from bench.benches import BENCHES, about, load
+from bench.cache import REPOSITORY, RESULTS
 from bench.case import Arm, Case, Measured
 from bench.options import numbers
 from bench.shapes import SHAPES
@@ -153,6 +153,9 @@ def test_the_runner_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> N
     assert all(name in printed for name in (*BENCHES, *SHAPES))
     for name in BENCHES:
         assert all(target.text in printed for target in load(name).TARGETS)
+        assert about(load(name)).endswith(".")  # a line that says it whole
+    page = (REPOSITORY / "bench" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in BENCHES)
 
 
 @pytest.mark.parametrize("name", BENCHES)
