@@ -98,8 +98,8 @@ class LoneDecode:
         n, n_reused, seconds, step = self._n, self._n_reused, self._seconds, self._step
         if n == 0 or step is None:
             return 0
+        self._n_left -= n  # first: the leader looks at both at any moment
         self._n, self._n_reused, self._seconds = 0, 0, 0.0
-        self._n_left -= n
         run = Run(0, n, n_reused, seconds, (), self._first_seconds)
         self._observe(step, run)
         if self._threads is not None and not self._threads.took(step, run, seconds):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.lone_decode import LoneDecode
 from pyllamabatch.engine.sequence import Sequence
 from pyllamabatch.engine.signals import DeferredSignals
 from pyllamabatch.errors import EngineClosed, EngineDraining, SamplingError
@@ -103,6 +104,28 @@ def test_whatever_comes_between_two_of_its_tokens(model: Model, kv_unified: bool
             assert given == expected
             assert sequence.position == len(PROMPT) + N
         check_idle(engine)
+
+
+def test_an_owner_takes_no_step_for_left_that_another_thread_is_counting(model: Model) -> None:
+    """`stats` accounts for its steps at any moment."""
+    left = []
+
+    class Seen(LoneDecode):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            left.append(self._n_left - self._n)
+
+    with engine_on(model) as engine, engine.sequence(greedy()) as sequence:
+        prompted(engine, sequence)
+        drive(sequence, 5)
+        lone = engine._core._lone
+        assert lone._n > 1
+        before = lone._n_left - lone._n
+        lone.__class__ = Seen
+        engine.stats()
+        assert lone._n == 0
+        assert max(left) <= before
+        assert left[-1] == before
 
 
 def test_owners_and_requests_at_once(model: Model) -> None:
