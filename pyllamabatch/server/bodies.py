@@ -285,22 +285,23 @@ class SamplingBody(Body):
         )
 
     def sampling(self, n_logprobs: int | None) -> dict[str, Any]:
-        """Fields of `SamplingParams`, those that were given. max_tokens -1: no limit."""
+        """Fields of `SamplingParams`, those that were given. max_tokens -1: no limit; seed -1: a
+        random one."""
         if self.best_of not in (None, 1, self.n):
             raise invalid("best_of", self.best_of, "must be 1 or n: no answer is left out")
         fields: dict[str, Any] = {}
         for name in (*SAME, *RENAMED):
             value = getattr(self, name, None)
-            if value not in (None, ""):  # "": llama-server's word for no grammar
-                fields[RENAMED.get(name, name)] = value
+            if value is not None:  # "": llama-server's word for no grammar
+                fields[RENAMED.get(name, name)] = None if value == "" else value
         if fields.get("max_tokens", 1) < 0:
             del fields["max_tokens"]
         if self.samplers is not None:
             fields |= without_others(samplers_named(self.samplers))
         if self.stop is not None:
             fields["stop"] = stops_of(self.stop, self.name_of("stop"))
-        if self.seed is not None and self.seed != -1:
-            fields["seed"] = self.seed % (SEED_MAX + 1)
+        if self.seed is not None:
+            fields["seed"] = None if self.seed == -1 else self.seed % (SEED_MAX + 1)
         schema = self.schema_wanted()
         if schema is not None:
             fields["json_schema"] = schema

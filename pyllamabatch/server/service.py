@@ -226,7 +226,12 @@ class Service:
     ) -> Prepared:
         if n_logprobs is not None:
             integer(body.name_of("logprobs"), n_logprobs, 0, self.engine.n_logprobs_max)
-        sampling = {**self.options.sampling, **body.sampling(n_logprobs)}
+        said = body.sampling(n_logprobs)
+        if any(isinstance(prompt, ChatPrompt) and prompt.grammar for prompt in prompts):
+            said.setdefault("grammar", None)
+        sampling = {**self.options.sampling, **said}
+        if "grammar" in said or "json_schema" in said:  # the one is not for the other's answers
+            sampling |= {name: said.get(name) for name in ("grammar", "json_schema")}
         if body.logit_bias is not None:
             sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
             self.vocab.check_tokens(list(bias), "logit_bias")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from pyllamabatch.llama.model import Model
+from pyllamabatch.server.options import ServerOptions
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served
+from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -270,6 +272,24 @@ def test_too_long_says_the_numbers(served: Served) -> None:
         assert error["code"] == "context_length_exceeded"
         assert error["n_prompt_tokens"] > error["n_ctx"] == n_ctx
         assert str(error["n_prompt_tokens"]) in error["message"]
+
+
+def test_what_a_request_says_is_before_the_servers_own(embedded_model: Model) -> None:
+    """A schema, no grammar and a random seed, too, where the server has others for who says
+    nothing."""
+    defaults = {"grammar": "root ::= [a-c]+", "seed": 5, "max_tokens": 8}
+    with serving(embedded_model, ServerOptions(sampling=defaults)) as served:
+
+        def text(**more: Any) -> str:
+            body = {"prompt": SUM, "temperature": 2, "ignore_eos": True, **more}
+            return str(served.ok(TEXT, body)["choices"][0]["text"])
+
+        own = text()
+        assert own == text()
+        assert set(own) <= set("abc")
+        assert {text(seed=-1) for _ in range(20)} != {own}
+        assert not set(text(grammar="", temperature=0)) <= set("abc")
+        assert text(json_schema={"const": "A"}, ignore_eos=False) == '"A"'
 
 
 def test_a_method_that_is_not_there_names_those_that_are(served: Served) -> None:
