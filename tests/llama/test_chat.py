@@ -259,8 +259,12 @@ def test_a_schema_of_the_content(hermes: ChatTemplate) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["<tool_call><function=<parameter=", "[SYSTEM_PROMPT][TOOL_CALLS][ARGS]"],
-    ids=["Qwen3-Coder's", "Ministral's"],
+    [
+        "<tool_call><function=<parameter=",
+        "[SYSTEM_PROMPT][TOOL_CALLS][ARGS]",
+        "dsml_token DSML tool_calls",
+    ],
+    ids=["Qwen3-Coder's", "Ministral's", "DeepSeek's"],
 )
 def test_a_schema_beside_tools_is_the_grammar(model: Model, words: str) -> None:
     turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
