@@ -42,14 +42,21 @@ def turn_of(service: Service, messages: Sequence[Mapping[str, Any]], options: Ch
     """The turn that answers these messages, which are `checked`, and in OpenAI's form, as its
     tools are. An answer at their end goes on, unless the options say otherwise, as in llama-server
     and with Anthropic's models."""
-    last = messages[-1] if messages else {}
-    is_begun = last.get("role") == "assistant" and not last.get("tool_calls")
-    if is_begun and "add_generation_prompt" not in options:
+    if messages and is_begun(messages[-1]) and "add_generation_prompt" not in options:
         options.setdefault("continue_final_message", True)
     if service.options.thinking is not None:
         options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)
     return Turn(*rendered(template, messages, options))
+
+
+def is_begun(message: Mapping[str, Any]) -> bool:
+    """An answer that can go on: it has a text, or thoughts, and no calls."""
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return False
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return bool(message.get("reasoning_content")) or any(part["text"] for part in parts)
 
 
 def checked(name: str, message: Mapping[str, Any]) -> dict[str, Any]:

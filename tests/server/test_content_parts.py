@@ -66,6 +66,10 @@ def test_an_answer_at_the_end_goes_on(served: Served) -> None:
         asked = served.ok("/apply-template", {"messages": BEGUN, **more})
         assert asked == {"prompt": vocab.apply_chat_template(BEGUN)}
     called = {"id": "a", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    for empty in ("", [{"type": "text", "text": ""}]):
+        placeholder = [*BEGUN[:1], {"role": "assistant", "content": empty}]
+        asked = served.ok("/apply-template", {"messages": placeholder})
+        assert asked == {"prompt": vocab.apply_chat_template(placeholder)}
     calls: list[dict[str, Any]] = [*BEGUN[:1], {**BEGUN[1], "tool_calls": [called]}]
     asked = served.ok("/apply-template", {"messages": calls})
     assert asked == {"prompt": vocab.apply_chat_template(calls)}
