@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import Limits, SequenceView, StepView
 from pyllamabatch.scheduler.policies.device_aware import PromptsSoon
-from pyllamabatch.scheduler.policies.parts import WithinTarget, most_within
+from pyllamabatch.scheduler.policies.parts import AS_LONG, WithinTarget, most_within
 from tests.support import views
 
 N_BATCH = 64
@@ -46,14 +46,15 @@ def test_it_is_the_largest_within_the_target(
     seconds: list[float], rows: int, more: float, least: int
 ) -> None:
     cost, target = Steps(seconds), seconds[rows] + more
-    good = [n for n in range(least, N_BATCH) if seconds[n] <= target]
-    assert most_within(view_of(cost), target, least) == max(good, default=least)
+    within = target if seconds[least] <= target else (1 + AS_LONG) * seconds[least]
+    good = [n for n in range(least, N_BATCH) if seconds[n] <= within]
+    assert most_within(view_of(cost), target, least) == max(good)
     assert cost.n_asked <= 2 + 2 * log2(N_BATCH)
 
 
-def test_a_straight_curve_takes_five_questions_and_one_out_of_reach_two() -> None:
+def test_a_straight_curve_takes_five_questions_and_one_out_of_reach_three() -> None:
     cost = Steps([1.0 + 0.25 * n for n in range(N_BATCH)])
-    for target, expected, n_most in ((9.1, 32, 5), (99.0, 63, 1), (1.5, 10, 2)):
+    for target, expected, n_most in ((9.1, 32, 5), (99.0, 63, 1), (1.5, 10, 3)):
         cost.n_asked = 0
         assert most_within(view_of(cost), target, 10) == expected
         assert cost.n_asked <= n_most

@@ -107,7 +107,12 @@ def test_one_part_is_replaced_without_touching_the_others() -> None:
         (4, 32, {}, 32),
         (0, 2048, {}, 2048),  # none waits for a token
         (100, 2048, {}, 210),  # 110 ms alone, so prompts get as long: 220
-        (100, 2048, {"stretch": 1}, 116),  # prompts get 16 rows in any case
+        (
+            100,
+            2048,
+            {"stretch": 1},
+            121,
+        ),  # 16 rows of prompts in any case, and what takes 4% longer
     ],
 )
 def test_with_a_cost_model_a_step_keeps_the_time(

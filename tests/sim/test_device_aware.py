@@ -1,6 +1,7 @@
 """The default policy on the profile of an M2 Ultra with gemma-3-4b, whose kernels for more than 8
 rows took twice as long as those for 8 (llama.cpp's own table, build 7948)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,19 @@ def test_a_long_prompt_stalls_no_reader_for_longer_than_the_bound(name: str, uni
     outcomes = simulate([*readers, long], machine, DEFAULT).outcomes
     longest = max(o.longest_itl for o in outcomes if o.id != long.id)
     assert 0.9 * STALL_SECONDS < longest < 1.05 * STALL_SECONDS
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, "sarathi", "slo:margin=0.9"])
+def test_a_target_that_no_step_keeps_halves_no_prompt(policy: str) -> None:
+    """In streams on a Mac 16 rows of a prompt and 8 that decode take 56 ms, 32 and 8 as much."""
+    model = CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), unified=False)
+    machine = EngineSpec.of(model, n_cells=16 * 2048, unified=False, prefix_cache=False)
+    requests = draw("poisson:rate=1,n=200,prompt=100-900,output=128", 0)
+    asked = [replace(request, itl_target=0.05) for request in requests]
+    found = simulate(asked, machine, policy).summary()
+    free = simulate(requests, machine, "fcfs").summary()
+    assert not found["overloaded"]
+    assert found["tokens_per_s"] > 0.95 * free["tokens_per_s"]
 
 
 @pytest.mark.parametrize(
