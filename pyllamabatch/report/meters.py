@@ -16,6 +16,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from pyllamabatch.llama.host import usable_cores
+
 try:
     import psutil
 except ImportError:  # no figures of processes
@@ -208,7 +210,8 @@ class OtherCores:
         if psutil is None:
             return UNKNOWN
         others, seconds = (b - a for a, b in zip(self._before, self._now(), strict=True))
-        return float(max(0.0, (others - doubt) / max(seconds, TICK_S)))
+        used = (others - doubt) / max(seconds, TICK_S)
+        return float(min(max(0.0, used), usable_cores()))  # in a short time a tick may be more
 
     def _now(self) -> tuple[float, float]:
         """CPU time of all processes but ours and our children, and the clock's."""

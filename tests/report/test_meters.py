@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.report import meters
 from pyllamabatch.report.meters import Gpus, Meter, OtherCores, figures
 from tests.support.served import until
@@ -167,3 +168,10 @@ def test_the_children_that_are_named_are_no_others() -> None:
             assert used > 0.01
         finally:
             child.kill()
+
+
+def test_others_use_no_more_cores_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a short time one tick of the clock may be more."""
+    seen = iter([(0.0, 0.0), (1.0, 1e-3)])
+    monkeypatch.setattr(OtherCores, "_now", lambda _: next(seen))
+    assert OtherCores().used() == usable_cores()
