@@ -433,6 +433,7 @@ class Engine:
         """The last `n` steps (`n_trace` at most), oldest first, as a structured array:
         `pyllamabatch.step.trace.trace_dtype`. `pyllamabatch.step.trace.to_chrome` draws it."""
         core = self._core
+        n = None if n is None else integer("n", n, 0, 2**63 - 1)
         if core.trace is None:
             return np.zeros(0, dtype=trace_dtype(core.scheduler.n_slots))
         with core.seen():

@@ -274,6 +274,12 @@ def test_a_done_callback_may_submit(model: Model) -> None:
     assert len({tuple(result.tokens) for result in results}) == 1
 
 
+def test_a_trace_of_less_than_no_step_is_refused(shared: Engine) -> None:
+    assert len(shared.trace(0)) == 0
+    with pytest.raises(ArgumentError, match="n=-1: must be"):
+        shared.trace(-1)
+
+
 @pytest.mark.parametrize(
     "wait",
     [
