@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pyllamabatch.errors import ArgumentError, integer
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -19,7 +21,9 @@ class Grammar:
       most 32768 bytes, and groups in 256 levels.
     - prefill: tokens at the end of the prompt that the grammar describes, too. Not for a lazy one.
     - thinking_start, thinking_ends: token sequences around thoughts, in which a lazy grammar is not
-      triggered. It may begin with one of the ends."""
+      triggered. It may begin with one of the ends.
+
+    Raises `ArgumentError` for patterns that are no texts, and tokens that are no ids."""
 
     text: str
     lazy: bool = False
@@ -29,10 +33,38 @@ class Grammar:
     thinking_start: tuple[int, ...] = ()
     thinking_ends: tuple[tuple[int, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        values: dict[str, object] = {
+            name: _tokens(name, getattr(self, name))
+            for name in ("trigger_tokens", "prefill", "thinking_start")
+        }
+        values["trigger_patterns"] = patterns = _listed("trigger_patterns", self.trigger_patterns)
+        for pattern in patterns:
+            if not isinstance(pattern, str) or "\0" in pattern or not _is_utf8(pattern):
+                raise ArgumentError("trigger_patterns", pattern, "texts in UTF-8, without NUL")
+        ends = _listed("thinking_ends", self.thinking_ends)
+        values["thinking_ends"] = tuple(_tokens("thinking_ends", end) for end in ends)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Grammar:
         """From `dataclasses.asdict`, also when that went through JSON."""
         return cls(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _listed(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ArgumentError(name, value, "must be a sequence, not a text")
+    return tuple(value)
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...]:
+    return tuple(integer(name, token, 0, 2**31 - 1) for token in _listed(name, value))
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _frozen(value: Any) -> Any:

@@ -242,6 +242,25 @@ def test_what_is_refused(engine: Engine, given: dict[str, Any], params: Any, nam
         engine.chat.submit([USER], params, **given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trigger_patterns", "x: "),
+        ("trigger_patterns", ("a\0b",)),
+        ("trigger_patterns", ("\ud800",)),
+        ("trigger_patterns", (5,)),
+        ("trigger_tokens", (2**40,)),
+        ("trigger_tokens", (-1,)),
+        ("prefill", 5),
+        ("thinking_ends", (5,)),
+    ],
+)
+def test_a_grammars_fields_are_sequences_of_what_they_name(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        Grammar("root ::= [a]", lazy=True, **{name: value})
+    assert caught.value.argument == name
+
+
 def test_a_trigger_that_is_no_regular_expression(engine: Engine) -> None:
     for pattern in ("a" * 90_000, "(" * 20_000 + "a" + ")" * 20_000):
         large = Grammar("root ::= [a]", lazy=True, trigger_patterns=(pattern,))
