@@ -152,16 +152,20 @@ def opened(args: argparse.Namespace, share: int | None = None) -> Iterator[Any]:
 
 
 def application(flags: dict[str, Any]) -> Any:
-    """For `serve run`: Ray Serve's application of these flags, {"model": FILE, "parallel": 64}."""
+    """For `serve run`: Ray Serve's application of these flags, {"model": FILE, "parallel": 64}. A
+    flag that may be repeated takes a list, one without a value true or false; null is no flag."""
     from pyllamabatch.cluster.deploy import application as deployments
 
-    given = [
-        word
-        for name, value in flags.items()
-        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
     parser = argparse.ArgumentParser("serve run", exit_on_error=False)
     add_arguments(parser)
+    given: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            word = f"--{name}" if value else f"--no-{name}"
+            given += [word] if value or word in parser.format_help() else []
+        elif value is not None:
+            for one in value if isinstance(value, list) else [value]:
+                given += [f"--{name}", str(one)]
     args = parser.parse_args(given)
     return deployments(partial(opened, args), _fleet_options(args), _options(args))
 

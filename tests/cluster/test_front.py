@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch import SamplingParams
+from pyllamabatch.cli import serve
 from pyllamabatch.cluster.call import RoutedCall, Whole, whole_answer
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
@@ -116,6 +117,21 @@ def test_a_number_of_replicas_that_can_not_be(replicas: str) -> None:
 
     with pytest.raises(ArgumentError, match=f"replicas='{replicas}'"):
         FleetOptions.of(replicas)
+
+
+def test_flags_of_a_file_for_serve_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As YAML has them."""
+    from pyllamabatch.cluster import deploy
+
+    monkeypatch.setattr(deploy, "application", lambda open_app, *_: open_app.args[0])
+    flags = {
+        "parallel": 64, "embeddings": False, "rerank": True, "kv-unified": False, "slots": False,
+        "prefix-cache": True, "alias": None, "lora": ["a.gguf", "b.gguf"],
+    }  # fmt: skip
+    args = serve.application(flags)
+    assert (args.parallel, args.embeddings, args.rerank, args.alias) == (64, False, True, None)
+    assert (args.kv_unified, args.no_slots, args.prefix_cache) == (False, True, True)
+    assert args.lora == ["a.gguf", "b.gguf"]
 
 
 def test_replicas_of_other_versions_are_routed_to() -> None:
