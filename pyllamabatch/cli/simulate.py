@@ -28,6 +28,7 @@ from pyllamabatch.engine.context_defaults import ubatch
 from pyllamabatch.engine.layout import LEAST_STREAM_CELLS
 from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.report.plots import styled
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import (
@@ -111,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(name, seconds, "seconds, at least 0")
     if args.steps is not None and (len(policies) > 1 or args.replicas > 1):
         raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
+    if args.html is not None:
+        with styled():
+            pass  # without matplotlib, likewise
     for path in filter(None, (args.steps, args.jsonl, args.markdown, args.html)):
         open(path, "a").close()  # a bad name is said before anything runs
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = files["jsonl"].read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["n_seq_max"] == 4
     assert len(lines) == 1 + 2 * (1 + 30)
+
+
+def test_without_matplotlib_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "page.html"
+    assert main([*PROFILE, *TRACE, "--html", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, path.exists()) == ("", False)
+    assert "pyllamabatch[plots]" in printed.err
 
 
 def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) -> None:
