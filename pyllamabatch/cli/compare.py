@@ -183,6 +183,7 @@ def check(args: argparse.Namespace) -> list[str]:
             )
     if args.plot:
         plots.check(args.plot)
+        open(args.plot, "ab").close()  # a bad name is said before anything runs
     if args.out:
         append(args.out, [])
     return arms

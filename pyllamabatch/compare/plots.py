@@ -49,7 +49,7 @@ def save(records: Sequence[Record], path: Path) -> None:
 def check(path: Path) -> None:
     """What `save` raises for the path, and without matplotlib."""
     if path.suffix not in KINDS:
-        raise ArgumentError("path", str(path), f"must end in {', '.join(KINDS)}")
+        raise ArgumentError("plot", str(path), f"must end in {', '.join(KINDS)}")
     with styled():
         pass
 

@@ -223,11 +223,17 @@ def test_the_gate_sets_the_status(
         (["--speculate", "n-gram", "--arms", "engine"], "n-gram"),
         (["--plot", "x.gif"], "x.gif"),
         (["--out", "/dev/null/x"], "/dev/null"),
+        (["--plot", "/dev/null/x.svg"], "/dev/null"),
+        (["--plot", "x.pdf"], "plot='x.pdf'"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_anything_runs(
-    words: list[str], named: str, capfd: pytest.CaptureFixture[str]
+    words: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("pyllamabatch.cli.compare.probe", None)
     try:
         status: int | str | None = compare(*words)
     except SystemExit as parsing:
