@@ -115,7 +115,7 @@ def options_of(body: ResponsesBody) -> ChatOptions:
     options: ChatOptions = {"tool_choice": _choice(body.tool_choice)}
     options["json_schema"] = body.schema_wanted()
     if body.tools:
-        options["tools"] = [_tool(tool) for tool in body.tools]
+        options["tools"] = [_tool(i, tool) for i, tool in enumerate(body.tools)]
     if body.parallel_tool_calls is not None:
         options["parallel_tool_calls"] = body.parallel_tool_calls
     if body.reasoning and body.reasoning.get("effort"):
@@ -159,9 +159,9 @@ def _add_call(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     messages[-1].setdefault("tool_calls", []).append(call)
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _tool(i: int, tool: dict[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise invalid("tools.type", tool.get("type"), "must be function")
+        raise invalid(f"tools[{i}].type", tool.get("type"), "must be function")
     names = ("name", "description", "parameters", "strict")
     function = {name: tool[name] for name in names if tool.get(name) is not None}
     return {"type": "function", "function": function}

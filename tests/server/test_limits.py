@@ -78,6 +78,8 @@ def nested(levels: int) -> Any:
         ("/completion", {"prompt": ["a", [["b"]]]}, "prompt.1.0"),
         (CHAT, {"lora": {"a": "much"}}, "lora.a"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        ("/v1/responses", {"input": SUM, "tools": [
+            {"type": "function", "name": "a"}, {"type": "web_search"}]}, "tools[1].type"),
         ("/v1/responses", {"input": SUM, "tool_choice": {"type": "web_search"}}, "tool_choice"),
         (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
          "messages[0].content"),
