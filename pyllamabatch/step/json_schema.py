@@ -20,6 +20,7 @@ Schema = Mapping[str, Any] | str
 
 SIZE_MAX = 1 << 18
 INT64 = 1 << 63
+BRANCHES_MAX = 100  # of oneOf, each of which is compared with each
 
 HONOURED = frozenset({
     "type", "enum", "const", "$ref", "oneOf", "anyOf", "allOf",
@@ -150,8 +151,16 @@ def _base(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
 
 def _overlap(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
     """oneOf, where a value may be of two of its branches: the grammar reads it as anyOf."""
-    branches = schema.get("oneOf", ())
-    if all(_apart(a, b, root) for i, a in enumerate(branches) for b in branches[:i]):
+    branches = [_resolved(branch, root) for branch in schema.get("oneOf", ())]
+    values = [_values(branch) for branch in branches if isinstance(branch, Mapping)]
+    if len(values) == len(branches) and None not in values:
+        keys = [{_key(value) for value in each or ()} for each in values]
+        apart = len(set().union(*keys)) == sum(map(len, keys))
+    elif len(branches) > BRANCHES_MAX:
+        return "oneOf", f"at most {BRANCHES_MAX} branches, but for values"
+    else:
+        apart = all(_apart(a, b, root) for i, a in enumerate(branches) for b in branches[:i])
+    if apart:
         return None
     return (
         "oneOf",
@@ -171,9 +180,8 @@ def _all_of(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
         objects = all(one.get("type", "object") == "object" for one in (schema, *parts))
         if objects and len(names) == len({*names}):
             return None
-    values = [part.get("enum", ()) for part in parts]
-    shared = (all(any(_same(x, y) for y in others) for others in values) for x in values[0])
-    if keywords <= {"type", "enum"} and "type" not in schema and any(shared):
+    shared = set.intersection(*({_key(value) for value in part.get("enum", ())} for part in parts))
+    if keywords <= {"type", "enum"} and "type" not in schema and shared:
         return None
     return "allOf", "open objects that share no property, or enums that share a value"
 
@@ -225,7 +233,7 @@ def _apart(a: Any, b: Any, root: Any) -> bool:
         return True
     of_a, of_b = _values(a), _values(b)
     if of_a is not None and of_b is not None:
-        return not any(_same(x, y) for x in of_a for y in of_b)
+        return {*map(_key, of_a)}.isdisjoint(map(_key, of_b))
     both = {*a.get("required", ())} & {*b.get("required", ())}
     properties = a.get("properties", {}), b.get("properties", {})
     named = both & properties[0].keys() & properties[1].keys()
@@ -274,8 +282,14 @@ def _type_of(value: Any) -> str:
     return next((name for name, kind in _JSON_TYPES.items() if isinstance(value, kind)), "object")
 
 
-def _same(a: Any, b: Any) -> bool:
-    return _type_of(a) == _type_of(b) and bool(a == b)
+def _key(value: Any) -> str:
+    """The same text for values that JSON schema takes for the same: 1 and 1.0, not 1 and true."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _unwrap(root: Any) -> None:

@@ -70,6 +70,7 @@ EXPRESSED: dict[str, Any] = {
     "any of": {"anyOf": [BOOL, {"type": "null"}, CHOICE]},
     "one of": {"oneOf": [{"type": "null"}, {"enum": ["x", "y"]}]},
     "one of some values": {"oneOf": [{"const": 1}, {"enum": [2, True]}, {"type": "string"}]},
+    "one of many values": {"oneOf": [{"const": i} for i in range(2000)]},
     "one of two kinds": {
         "oneOf": [
             {"$ref": "#/$defs/cat"},
@@ -180,6 +181,8 @@ REFUSED: dict[str, tuple[str, Any]] = {
         "oneOf",
         {"oneOf": [an_object(a={"type": "null"}), an_object(b={"type": "null"})]},
     ),
+    "one of too many kinds": ("oneOf", {"oneOf": [an_object([str(i)]) for i in range(101)]}),
+    "one of equal numbers": ("oneOf", {"oneOf": [{"const": [1]}, {"enum": [2, [1.0]]}]}),
     "behind a reference": ("minimum", {"$ref": "#/x-a", "x-a": {"type": "number", "minimum": 5}}),
     "all of texts": ("allOf", {"allOf": [SHORT, CHOICE]}),
     "all of closed": (
