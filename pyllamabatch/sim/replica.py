@@ -218,7 +218,7 @@ class SimulatedReplica:
         self.load.n_cells = spec.limits.n_cells
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
-        if spec.new_graph.step or switch:
+        if any(spec.new_graph) or switch:
             self._graphs = Graphs(spec.new_graph, switch, unified=spec.limits.unified)
 
     @property

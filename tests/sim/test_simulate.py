@@ -145,6 +145,12 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
         assert new.end - plain.end == pytest.approx(seconds)
 
 
+def test_a_graph_that_takes_nothing_more_settles_too() -> None:
+    """As that of a pool on a CPU with AMX."""
+    ends = [outcomes([one(0, 0.0, 8, 4)], new_graph=NewGraph(0.0, s))[0].end for s in (1.0, 0.0)]
+    assert ends[0] - ends[1] == pytest.approx(1.0)
+
+
 def test_nor_is_it_lost_where_a_newcomer_ends_the_call_before() -> None:
     """It comes within the step with the new graph, and waits for the only slot."""
     ends = []
