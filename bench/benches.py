@@ -61,7 +61,7 @@ def load(name: str) -> Bench:
 
 
 def about(bench: Bench) -> str:
-    return (bench.__doc__ or "").splitlines()[0]
+    return (bench.__doc__ or "").partition("\n")[0]
 
 
 def names_of(name: str, bench: Bench) -> tuple[str, ...]:

@@ -176,7 +176,7 @@ def templates(folder: Path, archive: Path | None = None) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--archive", type=Path)
     parser.add_argument("--templates", type=Path)
     parser.add_argument("--server", type=Path)

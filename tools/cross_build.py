@@ -134,7 +134,7 @@ typedef long long Py_ssize_t;
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma separated")
     parser.add_argument("--optimised", action="store_true", help="as a wheel has it")
     parser.add_argument("--run", action="store_true", help="optimised, and its native tests run")

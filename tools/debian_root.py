@@ -31,7 +31,7 @@ ARM64_MASK = r"\xff" * 7 + r"\x00" + r"\xff" * 8 + r"\xfe\xff\xff\xff"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--suite", default="bookworm", help="Debian's release (bookworm)")
     own = MACHINES.get(platform.machine(), platform.machine())

@@ -42,7 +42,7 @@ with pyllamabatch.Model.default() as model, pyllamabatch.Engine(model, n_seq_max
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wheel", type=Path, help="one that is there, instead of building it")
     parser.add_argument("--native", action="store_true", help="build for this machine's CPU alone")
     parser.add_argument(

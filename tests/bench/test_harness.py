@@ -219,6 +219,11 @@ def test_without_psutil_no_bench_promises_quiet(
     assert "psutil" in capsys.readouterr().err
 
 
+def test_without_docstrings_the_runner_lists_what_there_is() -> None:
+    words = [sys.executable, "-OO", "-m", "bench", "list"]
+    assert all(name in subprocess.check_output(words, text=True) for name in BENCHES)
+
+
 def test_without_psutil_every_bench_is_there() -> None:
     names = [f"bench.{name}" for name in BENCHES]
     code = "import sys, importlib; sys.modules['psutil'] = None\n"
