@@ -248,10 +248,13 @@ class SimulatedReplica:
             return float(self._call.ends[-1])
         return -inf if self._arrived else self._wake
 
-    def submit(self, request: TraceRequest, now: float) -> None:
-        """The call in flight ends with its current step, and the request is taken then.
-        RequestTooLong when it can never fit."""
+    def check_fits(self, request: TraceRequest) -> None:
+        """RequestTooLong when it can never fit."""
         self.scheduler.check_fits(request.n_prompt, request.max_tokens or request.n_output)
+
+    def submit(self, request: TraceRequest, now: float) -> None:
+        """The call in flight ends with its current step, and the request, which fits, is taken
+        then."""
         self._arrived.append((request, now))
         if self._call is not None:
             n_steps = int(np.searchsorted(self._call.ends, now)) + 1

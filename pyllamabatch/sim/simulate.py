@@ -95,13 +95,14 @@ def simulate(
             report_at = (min(step_at, arrives_at) // REPORT_SECONDS + 1) * REPORT_SECONDS
         if arrives_at <= step_at:
             now, _, request = heapq.heappop(arrivals)
-            i = routing.choose(request.tokens, {r.index: r.seen for r in replicas})
-            try:
-                replicas[i].submit(request, now)
+            size = request.n_prompt, request.n_output
+            try:  # they are all alike; a router asks for tokens, which may be very many
+                replicas[0].check_fits(request)
             except RequestTooLong:
-                size = request.n_prompt, request.n_output
                 ended(Outcome(request.id, now, *size, rejected=True))
                 continue
+            i = routing.choose(request.tokens, {r.index: r.seen for r in replicas})
+            replicas[i].submit(request, now)
             due[i], n_waits = max(now, replicas[i].next), 0
         else:
             i = due.index(step_at)

@@ -339,6 +339,20 @@ def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
     assert run.summary()["rejected"] == 1
 
 
+def test_a_router_is_not_asked_about_what_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of its prompt may be 4 GiB."""
+    sizes: list[int] = []
+
+    class Asking(RoundRobin):
+        def choose(self, prompt: Any, replicas: Mapping[Any, ReplicaView], key: str = "") -> Any:
+            sizes.append(len(prompt()))
+            return super().choose(prompt, replicas, key)
+
+    monkeypatch.setitem(ROUTERS, "asking", Asking)
+    simulate([one(1, 0.0, 5000, 5), one(2, 0.0, 10, 5)], machine(), router="asking")
+    assert sizes == [10]
+
+
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("speculate", [True, False])
 def test_a_deadline_ends_what_runs_and_what_waits(unified: bool, speculate: bool) -> None:
