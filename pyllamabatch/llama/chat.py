@@ -46,6 +46,8 @@ REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 SOURCE_BYTES_MAX = 1 << 20
 DEFAULT_KWARGS = {"preserve_reasoning": True}
 """Variables that llama-server gives every template: thoughts of earlier turns stay."""
+GIVEN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that a template has from the conversation and the model."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -61,8 +63,8 @@ class ChatOptions(TypedDict, total=False):
     - enable_thinking: False asks a template that knows of thinking to go without.
     - add_generation_prompt: end where the answer begins. Default True.
     - continue_final_message: the last message is an answer that goes on, instead.
-    - template_kwargs: further variables of the template. preserve_reasoning=False leaves out the
-      thoughts of earlier turns, where the template can."""
+    - template_kwargs: further variables of the template, none of `GIVEN`.
+      preserve_reasoning=False leaves out the thoughts of earlier turns, where the template can."""
 
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any]
@@ -243,6 +245,9 @@ def _request(messages: Iterable[Message], options: ChatOptions) -> dict[str, Any
     kwargs = options.get("template_kwargs", {})
     if not isinstance(kwargs, Mapping):
         raise ArgumentError("template_kwargs", kwargs, "a mapping of names to values")
+    if given := [name for name in GIVEN if name in kwargs]:
+        limit = f"{given[0]} is given to every template, and has a place of its own"
+        raise ArgumentError("template_kwargs", kwargs, limit)
     check_nesting("template_kwargs", kwargs)
     request["template_kwargs"] = {**DEFAULT_KWARGS, **kwargs}
     tools = options.get("tools")

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from ..engine.results import Chunk, Result, Token
 from ..engine.stream import Stream
+from ..errors import ArgumentError
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens
@@ -24,7 +25,7 @@ from .service import Prepared, Service
 class ChatBody(SamplingBody):
     """`logprobs`: of each token, with `top_logprobs` of the most likely ones beside it."""
 
-    NAMES: ClassVar = {"logprobs": "top_logprobs"}
+    NAMES: ClassVar = {"logprobs": "top_logprobs", "template_kwargs": "chat_template_kwargs"}
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
@@ -78,7 +79,10 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
     options["template_kwargs"] = kwargs
     options["json_schema"] = body.schema_wanted()
     messages = [checked(f"messages[{i}]", message) for i, message in enumerate(body.messages)]
-    return turn_of(service, messages, options)
+    try:
+        return turn_of(service, messages, options)
+    except ArgumentError as error:
+        raise body.named(error) from None
 
 
 class ChatAnswer(OpenAIAnswer):

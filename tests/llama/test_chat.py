@@ -11,7 +11,7 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.errors import ArgumentError, ChatParseError, ChatTemplateError
-from pyllamabatch.llama.chat import ChatPrompt, ChatTemplate
+from pyllamabatch.llama.chat import GIVEN, ChatPrompt, ChatTemplate
 from pyllamabatch.llama.chat_message import ChatMessage, MessageReader, ToolCall
 
 USER = {"role": "user", "content": "Is it raining in Paris?"}
@@ -363,6 +363,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "json_schema": [{"json_schema": {"$ref": "#"}}],
     "template_kwargs": [
         {"template_kwargs": [1]},
+        *({"template_kwargs": {"x": 1, name: None}} for name in GIVEN),
         {"template_kwargs": {"x": json.loads("[" * 99 + "]" * 99)}},
     ],
 }

@@ -184,6 +184,8 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "3"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "messages[0].content", "image_url"),
+        (CHAT, {"chat_template_kwargs": {"mood": 1, "messages": []}}, "chat_template_kwargs",
+         "messages"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs", "logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 50}, "top_logprobs", "20"),
         (TEXT, {"prompt": SUM, "logprobs": 50}, "logprobs", "20"),
