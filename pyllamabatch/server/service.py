@@ -238,6 +238,9 @@ class Service:
         self.vocab.check_tokens(body.stop_token_ids or (), "stop_token_ids")
         options = self._options(body)
         tokens = [self.tokens(prompt) for prompt in prompts]
+        for prompt, one in zip(prompts, tokens, strict=True):
+            if not len(one):
+                raise invalid("prompt", prompt, "has no tokens")
         try:
             params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
         except ArgumentError as error:

@@ -222,6 +222,8 @@ def test_budget_ends_with_length(served: Served) -> None:
         ("/v1/responses", {"input": SUM, "include": ["all"]}, "include.0", "logprobs"),
         ("/v1/responses", {"input": SUM, "top_logprobs": 2}, "top_logprobs", "include"),
         (TEXT, {"prompt": ""}, "prompt", "empty"),
+        (TEXT, {"prompt": [SUM, ""]}, "prompt", "prompt='': has no tokens"),
+        ("/completion", {"prompt": ""}, "prompt", "prompt='': has no tokens"),
         (TEXT, {"prompt": [99999]}, "prompt[0]", "99999"),
         (TEXT, {"prompt": SUM, "suffix": "end"}, "suffix", "end"),
         (TEXT, {}, "prompt", "missing"),
