@@ -157,10 +157,14 @@ def add_sampling_arguments(
     parser: argparse.ArgumentParser,
     about: str = "For lines without these fields. In parentheses: the default.",
     seed: str = "line i draws with seed S + i - 1",
+    without: Sequence[str] = (),
 ) -> None:
+    """The flags of `_SAMPLING`, `without` some fields, and those of other types."""
     add = parser.add_argument_group("sampling", about).add_argument
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, text) in _SAMPLING.items():
+        if name in without:
+            continue
         flags = ["--" + name.replace("_", "-"), *(["-n"] if name == "max_tokens" else [])]
         default = "off" if defaults[name] is None else f"{defaults[name]:g}"
         add(*flags, type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})")
@@ -182,7 +186,7 @@ def add_policy_argument(add: Add) -> None:
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling fields that the command line gives, without the seed and without unset ones."""
-    options = {name: getattr(args, name) for name in _SAMPLING}
+    options = {name: getattr(args, name, None) for name in _SAMPLING}
     options |= {"stop": args.stop and tuple(args.stop), "ignore_eog": args.ignore_eog or None}
     if args.grammar_file is not None:
         options["grammar"] = read_text("--grammar-file", args.grammar_file)

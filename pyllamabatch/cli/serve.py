@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--router", default="prefix-affinity", type=router_named, choices=tuple(ROUTERS),
         help="which of them gets a request (prefix-affinity)")
     add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.",
-                           "each of them draws with this one")
+                           "each of them draws with this one", without=["logprobs"])
 
 
 # fmt: on

@@ -305,9 +305,7 @@ class SamplingBody(Body):
         schema = self.schema_wanted()
         if schema is not None:
             fields["json_schema"] = schema
-        if n_logprobs is not None:
-            fields["logprobs"] = n_logprobs
-        return fields
+        return {**fields, "logprobs": n_logprobs}  # none that the answer does not show
 
     def name_of(self, field: str) -> str:
         """The name that the body has for a field of `SamplingParams`."""

@@ -281,7 +281,7 @@ def test_too_long_says_the_numbers(served: Served) -> None:
 def test_what_a_request_says_is_before_the_servers_own(embedded_model: Model) -> None:
     """A schema, no grammar and a random seed, too, where the server has others for who says
     nothing."""
-    defaults = {"grammar": "root ::= [a-c]+", "seed": 5, "max_tokens": 8}
+    defaults = {"grammar": "root ::= [a-c]+", "seed": 5, "max_tokens": 8, "logprobs": 3}
     with serving(embedded_model, ServerOptions(sampling=defaults)) as served:
 
         def text(**more: Any) -> str:
@@ -294,6 +294,8 @@ def test_what_a_request_says_is_before_the_servers_own(embedded_model: Model) ->
         assert {text(seed=-1) for _ in range(20)} != {own}
         assert not set(text(grammar="", temperature=0)) <= set("abc")
         assert text(json_schema={"const": "A"}, ignore_eos=False) == '"A"'
+        said = served.ok("/completion", {"prompt": SUM})["generation_settings"]
+        assert (said["n_probs"], said["seed"]) == (0, 5)  # no answer would show them
 
 
 def test_a_method_that_is_not_there_names_those_that_are(served: Served) -> None:
