@@ -32,8 +32,9 @@ private:
 // A copy that plb_text_free frees. Throws std::bad_alloc where memory was short, also before.
 char * copied_text(const std::string & text, const memory_watch & memory);
 
-// As llama.cpp logs it, see plb_log_errors: a line, and a piece of one.
-void log_error(const char * text);
+// A line for plb_log_errors alone: who called tells it.
+void add_error(const char * text);
+// As llama.cpp logs it: a piece of a line.
 void log_fragment(enum ggml_log_level level, const char * text);
 
 // What `f` returns; `failed`, and why in plb_log_errors, when it throws: where memory was short,
@@ -45,11 +46,11 @@ R guarded_call(R failed, F && f) {
     try {
         return f();
     } catch (const std::bad_alloc &) {
-        log_error(plb_code_text(PLB_E_MEMORY));
+        add_error(plb_code_text(PLB_E_MEMORY));
     } catch (const std::exception & e) {
-        log_error(memory.failed() ? plb_code_text(PLB_E_MEMORY) : e.what());
+        add_error(memory.failed() ? plb_code_text(PLB_E_MEMORY) : e.what());
     } catch (...) {
-        log_error("unknown exception");
+        add_error("unknown exception");
     }
     return failed;
 }

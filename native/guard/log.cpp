@@ -95,9 +95,9 @@ void on_log(enum ggml_log_level level_in, const char * text, void *) {
 
 } // namespace
 
-void plb::log_error(const char * text) {
-    on_log(GGML_LOG_LEVEL_ERROR, text, nullptr);
-    on_log(GGML_LOG_LEVEL_CONT, "\n", nullptr);
+void plb::add_error(const char * text) {
+    errors.append(text, strlen(text));
+    errors.append("\n", 1);
 }
 
 void plb::log_fragment(enum ggml_log_level level, const char * text) {

@@ -29,7 +29,8 @@ void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below i
 /* The oldest fragment (not 0-terminated; a line ends with \n): returns its size, 0 when there is
  * none. dropped: fragments lost to a full ring since the last call. */
 int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropped);
-/* What the calling thread has logged as a warning or an error since its last mark, newest part. */
+/* What the calling thread has logged as a warning or an error since its last mark, and why guarded
+ * calls have failed, which is not logged: newest part. */
 void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
 

@@ -1,6 +1,7 @@
 """OpenAI's completions and chats: whole, streamed, refused."""
 
 import json
+import logging
 import math
 from typing import Any
 
@@ -237,6 +238,18 @@ def test_errors_name_what_is_wrong(
     assert error["param"] == param, error
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_clients_mistake_is_told_to_the_client_alone(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = {"type": "nonsense"}
+    for path, body in (
+        (TEXT, {"prompt": SUM, "json_schema": schema}),
+        (CHAT, {**SUM_CHAT, "response_format": {"type": "json_object", "schema": schema}}),
+    ):
+        assert "unrecognized type nonsense" in served.refused(path, body)["message"]
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
 
 
 def test_values_that_change_nothing_pass(served: Served) -> None:
