@@ -16,7 +16,9 @@ from typing import Any
 from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import add_model_arguments, add_shared, at_least, model_path, n_bytes
 from pyllamabatch.compare.sharing import measure
+from pyllamabatch.engine.context_defaults import cuda_gpus, ubatch
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, NAMES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, MemoryPool, Projector, by_size, most
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to compare the three for (4)")
     add("-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
         help="KV cells of each sequence (4096)")
-    add_shared(add, n_ubatch=512)
+    add_shared(add, n_ubatch=None)
     add("--measure", action="store_true", help="with N processes of this machine (Linux)")
     add("--json", action="store_true", help="one JSON object, sizes in bytes")
 
@@ -88,12 +90,20 @@ def sizes_of(args: argparse.Namespace, chosen: Machine) -> Iterator[tuple[Sizes,
     # The devices of this machine say nothing of another one.
     devices: list[str] | None = None if chosen.name == "here" else []
     with Projector(path, n_gpu_layers=args.n_gpu_layers, devices=devices) as projector:
+        rows = n_ubatch(args.n_ubatch, chosen, projector.model)
 
         def sizes(n_ctx: int, n_seq_max: int) -> Footprint:
-            found = projector.footprint(n_ctx=n_ctx, n_seq_max=n_seq_max, n_ubatch=args.n_ubatch)
+            found = projector.footprint(n_ctx=n_ctx, n_seq_max=n_seq_max, n_ubatch=rows)
             return found if found.device.total else moved(found, chosen)
 
         yield sizes, projector.model.n_ctx_train
+
+
+def n_ubatch(given: int | None, chosen: Machine, model: Model) -> int:
+    """As an engine on that machine has it."""
+    cuda = bool(cuda_gpus(model)) if chosen.name == "here" else chosen.kind == "cuda"
+    free = chosen.device_limit - chosen.process_overhead - model.size_bytes
+    return ubatch(given, cuda=cuda, n_embd=model.n_embd, free=free).value
 
 
 def moved(found: Footprint, chosen: Machine) -> Footprint:

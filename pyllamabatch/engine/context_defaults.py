@@ -24,11 +24,17 @@ def why_batch(asked: int, rows: int) -> str:
     return "longer prompts go in pieces, between which others get theirs"
 
 
+def cuda_gpus(model: Model) -> list[runtime.BackendDevice]:
+    """Those of this machine; none where they compute no layer of `model`."""
+    gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]
+    return gpus if model.offloaded else []
+
+
 def ubatch_of(model: Model, given: int | None) -> Chosen:
     """n_ubatch for `model` on this machine; `given`: what was asked for, None: nothing."""
-    gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]
-    cuda = bool(gpus and model.offloaded)
-    return ubatch(given, cuda=cuda, n_embd=model.n_embd, free=sum(gpu.free for gpu in gpus))
+    gpus = cuda_gpus(model)
+    free = sum(gpu.free for gpu in gpus)
+    return ubatch(given, cuda=bool(gpus), n_embd=model.n_embd, free=free)
 
 
 def ubatch(given: int | None, *, cuda: bool, n_embd: int = 0, free: float = 0.0) -> Chosen:

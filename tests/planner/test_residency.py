@@ -126,6 +126,19 @@ def test_plan_of_a_file(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str
     assert there["mapped"] == 0 < there["copied"]
 
 
+def test_plan_has_as_many_rows_at_once_as_an_engine_there(
+    tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = "-m", tiny_llama_path, "-c", 2048, "--machine"
+    for name, rows in ("h200", 2048), ("m2-ultra-192", 512):
+        default, few, many = (
+            plan(capsys, *common, name, *more)["one_process"]["device"]
+            for more in ((), ("-ub", 512), ("-ub", 2048))
+        )
+        assert few != many
+        assert default == (few if rows == 512 else many)
+
+
 def test_largest_context_fits_and_the_next_does_not(
     tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
