@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from ..engine.engine import Engine
 from ..llama.model import Model
 from . import embeddings, errors, native, steps
+from .bodies import NAME_MAX
 from .chat import ChatBody, chat_completions, input_tokens
 from .completions import CompletionBody, completions
 from .errors import ApiError, json_response
@@ -89,6 +90,7 @@ def _routes(described: Described, service: Service) -> list[BaseRoute]:
     route("GET", "/steps", to=steps.steps)
     route("GET", "/health", "/v1/health", to=health)
     route("GET", "/v1/models", "/models", to=models)
+    route("GET", "/v1/models/{id:path}", "/models/{id:path}", to=model)
     counts = [f"{chats}/input_tokens" for chats in ("/v1/chat/completions", "/chat/completions")]
     route("POST", *counts, to=input_tokens, body=ChatBody)
     route("POST", "/v1/responses", "/responses", to=responses, body=ResponsesBody)
@@ -124,7 +126,22 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def models(service: Service, request: Request) -> Response:
-    """The one model. On a profile machine there is none: the vocabulary alone is there."""
+    """The model, and its adapters."""
+    return json_response({"object": "list", "data": _models(service)})
+
+
+async def model(service: Service, request: Request) -> Response:
+    """One of them."""
+    id = request.path_params["id"]
+    for one in _models(service):
+        if one["id"] == id:
+            return json_response(one)
+    message = f"there is no model {id[:NAME_MAX]!r}"
+    raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    """On a profile machine there is no model: the vocabulary alone is there."""
     model = service.model
     weights = {
         "n_ctx_train": model.n_ctx_train,
@@ -140,11 +157,9 @@ async def models(service: Service, request: Request) -> Response:
         "n_ctx": service.n_ctx_slot,
         **weights,
     }
-    one = {
-        "id": service.model_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "pyllamabatch",
-        "meta": meta,
-    }
-    return json_response({"object": "list", "data": [one]})
+    about = {"object": "model", "created": service.created, "owned_by": "pyllamabatch"}
+    loras = service.engine.loras if service.has_engine else ()
+    return [
+        {"id": service.model_name, **about, "meta": meta},
+        *({"id": name, **about, "parent": service.model_name} for name in loras),
+    ]

@@ -280,7 +280,9 @@ class Service:
         limit = self.options.request_timeout
         if limit is not None:
             options["timeout"] = min(limit, options.get("timeout", limit))
-        lora = self.default_lora if body.lora is None else self._lora(body.lora)
+        named = body.model if body.model in self.engine.loras else None
+        given = named if body.lora is None else body.lora
+        lora = self.default_lora if given is None else self._lora(given)
         if lora:
             options["lora"] = lora
         return options

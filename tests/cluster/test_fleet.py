@@ -31,6 +31,7 @@ def test_answers_are_those_of_a_server(fleet: Fleet) -> None:
     assert "prompt" in refused.json()["error"]["message"]
     assert fleet.client.get("/health").json() == {"status": "ok"}
     assert fleet.client.get("/v1/models").json()["data"][0]["id"] == "default.gguf"
+    assert fleet.client.get("/v1/models/default.gguf").json()["id"] == "default.gguf"
 
 
 def test_requests_are_spread_and_their_prefixes_found(fleet: Fleet) -> None:

@@ -69,6 +69,9 @@ def test_completions_and_models(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="m", prompt=SUM, max_tokens=3, logprobs=1)
     assert answer.choices[0].logprobs is not None
     assert [model.id for model in client.models.list()] == ["default.gguf"]
+    assert client.models.retrieve("default.gguf").id == "default.gguf"
+    with pytest.raises(openai.NotFoundError, match="owner/none"):
+        client.models.retrieve("owner/none")
 
 
 def test_embeddings(embedded_model: Model) -> None:

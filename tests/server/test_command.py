@@ -64,6 +64,20 @@ def test_files_that_flags_name(tmp_path: Path) -> None:
         assert made["prompt"] == "Hello!"
         adapters = client.get("/lora-adapters").raise_for_status().json()
         assert [Path(one["path"]) for one in adapters] == [style, style]
+        models = client.get("/v1/models").raise_for_status().json()["data"]
+        assert [one["id"] for one in models] == [gguf_path("llama").name, "style", "more"]
+        assert [client.get(f"/v1/models/{one['id']}").json() for one in models] == models
+        missing = client.get("/v1/models/owner/none")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+        short = {"prompt": "One", "temperature": 0, "max_tokens": 8}
+        base, named, asked = (
+            client.post("/v1/completions", json={**short, **body})
+            .raise_for_status()
+            .json()["choices"][0]["text"]
+            for body in ({}, {"model": "more"}, {"model": "none", "lora": "more"})
+        )
+        assert base != named == asked
     twice = flags(*words, "--lora", style)
     with pytest.raises(ArgumentError, match="has this name already"), serve.opened(twice):
         pass
