@@ -1,8 +1,10 @@
 """The rules that every plan keeps, by name. A plan that breaks one changes nothing."""
 
 from collections.abc import Mapping, Set
+from itertools import chain
 from math import inf
-from typing import NamedTuple, NoReturn
+from operator import index
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import PlanError
 from .view import Plan, StepView
@@ -40,11 +42,12 @@ class CheckedRows(NamedTuple):
     others: dict[int, int]
 
 
-def check_plan(plan: Plan, view: StepView) -> CheckedRows:
-    """Raise PlanError for the first rule that `plan` breaks. With `decode_all` there is no loop
-    over the sequences that decode."""
+def check_plan(plan: Plan, view: StepView) -> tuple[Plan, CheckedRows]:
+    """`plan`, its whole numbers as ints, and its rows. PlanError for the first rule that it breaks.
+    With `decode_all` there is no loop over the sequences that decode."""
     if not isinstance(plan, Plan):
         _broken("plan", f"{plan!r}")
+    plan = _of_ints(plan)
     rows = _rows(plan, view)
     n_rows, n_new, n_taken, n_freed = rows.n_decodes, 0, 0, 0
     if rows.others:
@@ -65,7 +68,28 @@ def check_plan(plan: Plan, view: StepView) -> CheckedRows:
     _check_time(plan, view, rows, n_rows)
     if plan.drafts:
         _check_drafts(plan, view, rows, n_rows)
-    return rows
+    return plan, rows
+
+
+def whole(value: Any) -> Any:
+    """A whole number (NumPy's too) as an int; anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else index(value)
+    except TypeError:
+        return value
+
+
+def _of_ints(plan: Plan) -> Plan:
+    tokens, preempt, drafts = plan.tokens, plan.preempt, plan.drafts
+    numbers = chain(tokens, tokens.values(), preempt, drafts, drafts.values(), (plan.repeat,))
+    if set(map(type, numbers)) == {int}:
+        return plan
+    return plan._replace(
+        tokens={whole(id): whole(n) for id, n in tokens.items()},
+        preempt=tuple(map(whole, preempt)),
+        drafts={whole(id): whole(n) for id, n in drafts.items()},
+        repeat=whole(plan.repeat),
+    )
 
 
 def _rows(plan: Plan, view: StepView) -> CheckedRows:

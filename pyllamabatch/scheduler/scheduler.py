@@ -307,8 +307,7 @@ class Scheduler:
         if self.drafting is not None:
             self.drafting.planned(sequences.n_changes)
         view = self.view(now)
-        plan = self.policy.plan(view)
-        rows = check_plan(plan, view)
+        plan, rows = check_plan(self.policy.plan(view), view)
         nothing = not (rows.n_decodes or rows.others or plan.preempt)
         self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)
         if nothing and not preempted:

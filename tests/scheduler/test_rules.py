@@ -1,5 +1,6 @@
 """A plan that breaks a rule is refused by the rule's name and changes nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from pyllamabatch.scheduler import (
     ComposedPolicy,
     Limits,
     Plan,
+    Round,
     Scheduler,
     StepView,
+    Verdict,
     sarathi,
 )
 
@@ -59,7 +62,7 @@ BROKEN: list[tuple[str, Any]] = [
     ("whole-tokens", Plan({1: 0})),
     ("whole-tokens", Plan({1: 1, 3: -1})),
     ("whole-tokens", Plan({1: 1.0})),  # type: ignore[dict-item]
-    ("whole-tokens", Plan({1: np.int64(1)})),
+    ("whole-tokens", Plan({1: np.float64(1)})),
     ("whole-tokens", Plan({1: True})),
     ("within-remaining", Plan({1: 2})),
     ("within-remaining", Plan({3: 3})),
@@ -99,6 +102,52 @@ def test_a_broken_rule_is_named_and_nothing_changes(rule: str, plan: Any) -> Non
     step = made.plan(1.0)
     assert step is not None
     assert step.n_rows == 4
+
+
+def test_whole_numbers_of_numpy() -> None:
+    """Of a plan, as a column of a view has them: what follows from it are ints."""
+    number = np.int64
+    made, policy = scheduler()
+    ids = {id: number(id) for id in (1, 2, 3, 4)}
+    policy.next = Plan({ids[1]: number(1), ids[3]: number(2)}, preempt=(ids[2],))
+    step = made.plan(1.0)
+    assert step is not None
+    assert (step.n_rows, step.preempted) == (3, ((2, 1),))
+    assert {type(n) for n in (step.n_rows, step.preempted[0][0], step.chunks[0].n)} == {int}
+    made.advance(step)
+    policy.next = Plan({ids[4]: number(4)})
+    step = made.plan(2.0)
+    assert step is not None
+    assert step.admitted == ((4, 1),)
+    assert type(step.admitted[0][0]) is int
+    made.advance(step)
+    policy.next = Plan(decode_all=True, repeat=number(2))
+    step = made.plan(3.0)
+    assert step is not None
+    assert (step.n_rows, step.repeat, type(step.repeat)) == (3, 2, int)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_parts_answer_with_whole_numbers_of_numpy(kind: Any) -> None:
+    """Also of a kind that has no negative ones, where a victim gives its row back."""
+    policy = ComposedPolicy(
+        admit=lambda builder, seq: Verdict.ADMIT,
+        budget=lambda view: kind(30),
+        chunk=lambda builder, seq: kind(10),
+        victim=lambda builder, seq: builder.view.running[0],
+        repeat=kind(3),
+        width=lambda builder: Round(frozenset(), kind(2)),
+    )
+    made = Scheduler(replace(LIMITS, n_cells=24), policy)
+    steps = []
+    for id in (1, 2):
+        made.add(id, 10, 9, arrival=0.0)
+    for _ in range(4):
+        step = made.plan(0.0)
+        assert step is not None
+        steps.append((step.n_rows, step.repeat, step.preempted))
+        made.advance(step)
+    assert steps == [(20, 1, ()), (2, 2, ()), (2, 1, ()), (1, 1, ((1, 0),))]
 
 
 def test_rows_and_cells() -> None:

@@ -700,7 +700,8 @@ def test_a_long_answer_empties_few_cells(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_plan_with_drafts_keeps_the_rules() -> None:
     view = view_of(decoding(1), decoding(2), limits=LIMITS)
-    assert check_plan(Plan(decode_all=True, drafts={1: 4, 2: 1}), view).n_decodes == 2
+    _, rows = check_plan(Plan(decode_all=True, drafts={1: 4, 2: 1}), view)
+    assert rows.n_decodes == 2
     few = replace(LIMITS, n_outputs=5)
     bad: list[tuple[StepView, Plan]] = [
         (view, Plan(decode_all=True, drafts={1: 5})),

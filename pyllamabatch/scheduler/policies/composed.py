@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from typing import cast
 
 from ...errors import ArgumentError
 from ..policy import (
@@ -18,6 +19,7 @@ from ..policy import (
     Victim,
     Width,
 )
+from ..rules import whole
 from ..view import Plan, SequenceView, StepView
 from .parts import all_that_is_left, first_come, newest_first, token_budget, when_it_fits
 
@@ -48,7 +50,7 @@ class ComposedPolicy:
     ended: Callable[[SequenceView], None] | None = None
 
     def plan(self, view: StepView) -> Plan:
-        rows = min(self.budget(view), view.limits.n_batch)
+        rows = whole(min(self.budget(view), view.limits.n_batch))
         builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
         prompts_first = self.mix is Mix.PROMPTS
         if prompts_first:
@@ -74,7 +76,7 @@ class ComposedPolicy:
                 return builder.plan()
         if not builder.steady:
             return builder.plan()
-        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
+        repeat = self.repeat(builder) if callable(self.repeat) else self.repeat
         sit_out: Set[int] = frozenset()
         if self.width is not None and builder.decode_all and len(view.decoding) > 1:
             sit_out, steps = self.width(builder)
@@ -177,4 +179,5 @@ class ComposedPolicy:
             builder.reasons[seq.id] = f"admitted with {n} of {seq.remaining} tokens"
 
     def _cut(self, builder: PlanBuilder, seq: SequenceView) -> int:
-        return min(self.chunk(builder, seq), seq.remaining, builder.rows, builder.cells)
+        n = min(self.chunk(builder, seq), seq.remaining, builder.rows, builder.cells)
+        return cast("int", whole(n))
