@@ -1,6 +1,8 @@
 """What makes each policy itself, by views made up and by whole lives of sequences."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyllamabatch.scheduler import (
     ComposedPolicy,
@@ -19,6 +21,7 @@ from pyllamabatch.scheduler import (
     slo,
     static,
 )
+from pyllamabatch.scheduler.policies.fair import LeastServed
 from pyllamabatch.scheduler.policies.mlfq import Levels
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
@@ -299,6 +302,47 @@ def test_who_comes_late_has_saved_nothing_up() -> None:
         machine.step()
     late = [id for id in machine.done[6:] if id >= 10]
     assert len(late) == 3  # half of what was served from then on, though b had had nothing
+
+
+def test_tenants_that_run_and_do_not_wait_count_too() -> None:
+    line = [waiting(id, 3, tenant=tenant) for id, tenant in enumerate("abcd", 2)]
+    assert tokens(fair(), decoding(1, tenant="e"), *line)[1] == 1
+
+
+def life(policy: ComposedPolicy, requests: list[tuple[int, int, str]]) -> list[int]:
+    """In which order they run first, and end: two of each three come while others run."""
+    machine = Machine(Limits(16, 8, 2, 90, 90), policy)
+    for id, (n_prompt, n, tenant) in enumerate(requests):
+        machine.add(id, n_prompt, n, tenant=tenant)
+        for _ in range(0 if id % 3 else 4):
+            machine.step()
+    machine.run()
+    return machine.first_rows + machine.done
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from("abcd")), max_size=24
+    )
+)
+def test_forgetting_a_tenant_changes_nothing(requests: list[tuple[int, int, str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeastServed, "_forget", lambda *all: None)
+        expected = life(fair(), requests)
+    assert life(fair(), requests) == expected
+
+
+def test_tenants_with_nothing_to_do_are_forgotten() -> None:
+    policy = fair()
+    machine = Machine(Limits(16, 8, 2, 90, 90), policy)
+    for id in range(60):
+        machine.add(id, 2 + id % 13, 1 + id % 5, tenant=f"user {id}")
+        while machine.scheduler.n_waiting:
+            machine.step()
+    least_served = policy.order.__self__  # type: ignore[attr-defined]
+    assert len(least_served._numbers) <= 16
+    assert len(least_served._served) <= 32
 
 
 def test_the_longest_hit_is_next() -> None:

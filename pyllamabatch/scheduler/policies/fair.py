@@ -2,7 +2,8 @@
 of answers by a virtual token counter. Follows Sheng et al., Fairness in Serving Large Language
 Models (OSDI 2024), algorithm 2: a prompt is charged when it is admitted, an answer token by token.
 A tenant that comes back with no sequence waiting is lifted to the least counter of those that wait,
-so that it can't save up what it did not use.
+so that it can't save up what it did not use. A tenant of which no sequence waits or runs, and whose
+counter is not above that least one, is as a new one would be: it is forgotten.
 
 No tenant waits for ever, and within a tenant it is first come, first served; priorities are not
 looked at. What the running sequences were served is read from the view, so the counters are true at
@@ -34,14 +35,17 @@ class LeastServed:
             if not 0 < value < inf:
                 raise ArgumentError(name, value, "more than 0")
         self._prompt, self._generated = prompt, generated
-        self._numbers: dict[str, int] = {}  # by tenant, as they came
-        self._served = np.zeros(0)  # sequences that run no more, and the lifts
-        self._waited = np.zeros(0, dtype=bool)  # tenants with a sequence waiting, at the last look
+        self._numbers: dict[str, int] = {}  # by tenant
+        self._tenants = [""]  # by number, and so are these:
+        self._unused = np.ones(1, dtype=bool)
+        self._served = np.zeros(1)  # sequences that run no more, and the lifts
+        self._waited = np.zeros(1, dtype=bool)  # tenants with a sequence waiting, at the last look
         self._left = -1  # the tenant that stopped waiting last
 
     def counters(self, view: StepView) -> dict[str, float]:
-        """What each tenant was served, lifts included."""
-        return dict(zip(self._numbers, self._service(view).tolist(), strict=True))
+        """What each tenant was served, lifts included. A tenant that is missing: nothing."""
+        service = self._service(view).tolist()
+        return {tenant: service[number] for tenant, number in self._numbers.items()}
 
     def order(self, view: StepView) -> Iterable[SequenceView]:
         waits = self._waits(view)
@@ -65,38 +69,42 @@ class LeastServed:
 
     def ended(self, seq: SequenceView) -> None:
         """A running sequence ends or is preempted."""
-        number = int(self._number(seq))
-        self._grow()
+        number = self._number(seq)
         self._served[number] += self._charge(seq) + self._generated * seq.turn
 
     # -- inside
 
     def _number(self, seq: SequenceView) -> int:
-        return self._numbers.setdefault(seq.tenant, len(self._numbers))
+        number = self._numbers.get(seq.tenant)
+        if number is None:
+            if not self._unused.any():
+                self._double()
+            number = self._numbers[seq.tenant] = int(self._unused.argmax())
+            self._tenants[number], self._unused[number] = seq.tenant, False
+        return number
+
+    def _double(self) -> None:
+        none = np.zeros(len(self._tenants))
+        self._tenants += self._tenants
+        self._unused = np.append(self._unused, none == 0)
+        self._served = np.append(self._served, none)
+        self._waited = np.append(self._waited, none > 0)
 
     def _charge(self, seq: SequenceView) -> float:
         """For its prompt, once."""
         return 0.0 if seq.preemptions else self._prompt * seq.n_prompt
 
-    def _grow(self) -> None:
-        """Counters for tenants that are new."""
-        n_new = len(self._numbers) - len(self._served)
-        if n_new:
-            self._served = np.append(self._served, np.zeros(n_new))
-            self._waited = np.append(self._waited, np.zeros(n_new, dtype=bool))
-
     def _service(self, view: StepView) -> F64:
         running = view.running
         numbers = running.column(self._number).astype(np.intp)
-        self._grow()
         service = running.column(self._charge) + self._generated * running.column("turn")
         total: F64 = self._served + np.bincount(numbers, service, minlength=len(self._served))
         return total
 
     def _waits(self, view: StepView) -> Flags:
         """The tenants with a sequence waiting."""
+        view.running.column(self._number)  # all tenants have a number from here on
         waiting = [*view.waiting.split(self._number)]
-        self._grow()
         waits = np.zeros(len(self._served), dtype=bool)
         waits[waiting] = True
         return waits
@@ -106,21 +114,31 @@ class LeastServed:
         that have come since the last look."""
         counters = self._service(view)
         if waits.tobytes() != self._waited.tobytes():  # a tenth of what comparing arrays takes
-            counters = self._lift(waits, counters)
+            counters = self._lift(view, waits, counters)
         return np.where(waits, counters, inf)
 
-    def _lift(self, waits: Flags, counters: F64) -> F64:
-        """Other tenants wait than before: the counters, with those lifted that have come."""
-        came, stayed = waits & ~self._waited, counters[waits & self._waited]
-        last = counters[self._left] if self._left >= 0 else 0.0
-        level = stayed.min() if len(stayed) else last
-        lifted = np.where(came, np.maximum(counters, level), counters)
-        self._served += lifted - counters
-        left = self._waited & ~waits
+    def _lift(self, view: StepView, waits: Flags, counters: F64) -> F64:
+        """Other tenants wait than before: the counters, with those lifted that have come. The level
+        that they are lifted to never falls."""
+        came, stayed, left = waits & ~self._waited, waits & self._waited, self._waited & ~waits
         if left.any():
             self._left = int(np.where(left, counters, inf).argmin())
+        last = counters[self._left] if self._left >= 0 else 0.0
+        level = counters[stayed].min() if stayed.any() else last
+        lifted: F64 = np.where(came, np.maximum(counters, level), counters)
+        self._served += lifted - counters
         self._waited = waits
+        self._forget(view, lifted <= level)
         return lifted
+
+    def _forget(self, view: StepView, low: Flags) -> None:
+        """Those of the `low` ones that nothing waits or runs of; not the one that left last."""
+        needless = low & ~self._waited & ~self._unused
+        needless[view.running.column(self._number).astype(np.intp)] = False
+        needless[self._left] = False
+        for number in needless.nonzero()[0].tolist():
+            del self._numbers[self._tenants[number]]
+        self._unused |= needless
 
     def _next(self, view: StepView, counters: F64) -> Iterator[SequenceView]:
         yield from view.prefilling
