@@ -15,7 +15,7 @@ using tokens = std::vector<llama_token>;
 
 // std::regex calls itself for each character and each group: a stack's end is the process's.
 constexpr size_t MAX_PATTERN = 32768; // bytes
-constexpr int    MAX_NESTING = 256;
+constexpr int    MAX_GROUPS  = 256;
 
 int nesting(const std::string & pattern) {
     int depth = 0, most = 0;
@@ -61,10 +61,10 @@ void check_patterns(const plb_grammar_start & start) {
     }
     for (int32_t i = 0; i < start.n_patterns; ++i) {
         const std::string text = start.patterns[i];
-        if (text.size() > MAX_PATTERN || nesting(text) > MAX_NESTING) {
+        if (text.size() > MAX_PATTERN || nesting(text) > MAX_GROUPS) {
             throw failure{PLB_E_GRAMMAR, "a trigger pattern of " + std::to_string(text.size()) + " bytes, " +
                                              std::to_string(nesting(text)) + " groups deep: at most " +
-                                             std::to_string(MAX_PATTERN) + " and " + std::to_string(MAX_NESTING)};
+                                             std::to_string(MAX_PATTERN) + " and " + std::to_string(MAX_GROUPS)};
         }
         try {
             std::regex pattern(text);
