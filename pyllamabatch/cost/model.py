@@ -139,9 +139,9 @@ class CostModel(StepCost):
 
         The factor of their regime moves towards the measurement. Regimes that were never observed
         follow the mean of those of the same kind (with or without prompt rows): the device may be
-        faster or slower today. What counts is the mean of speeds, so that a disturbed call can't
-        move a factor far, and it stays between a quarter and four times the fit. A prior's factors
-        are not limited: its level is a guess, and what the first call of all says."""
+        faster or slower today. One call can't move a factor far, and it stays between a quarter and
+        four times the fit. A prior's factors are not limited: its level is a guess, and what the
+        first call of all says."""
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
@@ -149,14 +149,15 @@ class CostModel(StepCost):
         if not expected > 0:  # a fit of few samples may know nothing of a regime
             return
         ratio, n_steps, level = seconds / expected, min(n_steps, _CALL_COUNTS), not self.absolute
-        self._seen[at] = min(self._seen[at] + n_steps, _SEEN_MAX)
+        most = _STEP_MOST if self.calibrated else _SLOWEST
+        near = min(max(ratio, 1 / most), most)
+        weight = n_steps / (min(self._seen[at] + n_steps, _SEEN_MAX) + _FIT_COUNTS)
+        counts = n_steps if near == ratio or self.calibrated else 1  # one so far off may be wrong
+        self._seen[at] = min(self._seen[at] + counts, _SEEN_MAX)
         if level:
             self._scale = [scale * ratio for scale in self._scale]
             return
-        if self.calibrated:
-            ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
-        weight = n_steps / (self._seen[at] + _FIT_COUNTS)
-        moved = 1.0 / (1.0 + (1.0 / ratio - 1.0) * weight)
+        moved = near**weight  # the mean of ratios
         self._move(at, moved)
         alike = range(at % 2, len(self._scale), 2)
         unseen = [i for i in alike if not self._seen[i]]
