@@ -14,10 +14,11 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,37 @@ def application(flags: dict[str, Any]) -> Any:
     flag that may be repeated takes a list, one without a value true or false; null is no flag."""
     from pyllamabatch.cluster.deploy import application as deployments
 
-    parser = argparse.ArgumentParser("serve run", exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        "serve run", exit_on_error=False, allow_abbrev=False, add_help=False
+    )
     add_arguments(parser)
-    given: list[str] = []
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            word = f"--{name}" if value else f"--no-{name}"
-            given += [word] if value or word in parser.format_help() else []
-        elif value is not None:
-            for one in value if isinstance(value, list) else [value]:
-                given += [f"--{name}", str(one)]
-    args = parser.parse_args(given)
+    words = (_words(name, value, parser._option_string_actions) for name, value in flags.items())
+    args = parser.parse_args(list(chain.from_iterable(words)))
     return deployments(partial(opened, args), _fleet_options(args), _options(args))
+
+
+def _words(name: str, value: Any, actions: Mapping[str, argparse.Action]) -> list[str]:
+    """What a command line says for this flag of a file. ArgumentError for another value."""
+    flag, no = f"--{name}", f"--no-{name}"
+    action = actions.get(flag) or actions.get(no)
+    if action is None:
+        raise ArgumentError("flags", name, "is no flag of serve")
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ArgumentError(name, value, "true or false")
+        return [word for word in [flag if value else no] if word in actions]
+    if isinstance(value, bool):  # YAML's on and off
+        word = "on" if value else "off"
+        if word not in (action.choices or ["off"] * (name == "speculate")):
+            raise ArgumentError(name, value, "takes a value")
+        value = word
+    repeated = isinstance(action, argparse._AppendAction)
+    values = value if repeated and isinstance(value, list) else [value]
+    if any(isinstance(one, list | dict | bool | None) for one in values):
+        raise ArgumentError(name, value, "a list of values" if repeated else "one value")
+    return [f"{flag}={one}" for one in values]
 
 
 def _show_errors() -> None:

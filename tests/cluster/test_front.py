@@ -126,12 +126,29 @@ def test_flags_of_a_file_for_serve_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "application", lambda open_app, *_: open_app.args[0])
     flags = {
         "parallel": 64, "embeddings": False, "rerank": True, "kv-unified": False, "slots": False,
-        "prefix-cache": True, "alias": None, "lora": ["a.gguf", "b.gguf"],
+        "prefix-cache": True, "alias": None, "lora": ["a.gguf", "b.gguf"], "metrics": True,
+        "speculate": False, "reasoning": True, "stop": ["--x"],  # off and on
     }  # fmt: skip
     args = serve.application(flags)
     assert (args.parallel, args.embeddings, args.rerank, args.alias) == (64, False, True, None)
     assert (args.kv_unified, args.no_slots, args.prefix_cache) == (False, True, True)
     assert args.lora == ["a.gguf", "b.gguf"]
+    assert (args.speculate, args.reasoning, args.stop) == ("off", "on", ["--x"])
+    assert not args.no_metrics
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"embedings": False}, {"m": False}, {"p": False}, {"no-no-page": False}, {"help": True},
+        {"seed": False}, {"speculate": True}, {"pooling": False}, {"quiet": "yes"},
+        {"policy": ["fcfs", "slo"]}, {"cors-origins": ["a", "b"]}, {"lora": [None]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_flag_of_a_file_for_serve_run(flag: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(flag))):
+        serve.application(flag)
 
 
 def test_replicas_of_other_versions_are_routed_to() -> None:
