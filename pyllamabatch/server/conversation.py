@@ -15,6 +15,8 @@ from .errors import invalid
 from .service import Service
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+FREE = (None, "auto", "none")
+"""Values of tool_choice with which an answer may be a text."""
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -40,9 +42,10 @@ class Turn:
 
 def turn_of(service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> Turn:
     """The turn that answers these messages, which are `checked`, and in OpenAI's form, as its
-    tools are. An answer at their end goes on, unless the options say otherwise, as in llama-server
-    and with Anthropic's models."""
-    if messages and is_begun(messages[-1]) and "add_generation_prompt" not in options:
+    tools are. An answer at their end goes on, as in llama-server and with Anthropic's models,
+    unless the options say otherwise, or want JSON or a call: it need not be the start of one."""
+    free = options.get("json_schema") is None and options.get("tool_choice") in FREE
+    if messages and free and is_begun(messages[-1]) and "add_generation_prompt" not in options:
         options.setdefault("continue_final_message", True)
     if service.options.thinking is not None:
         options.setdefault("enable_thinking", service.options.thinking)

@@ -6,6 +6,7 @@ import pytest
 
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.options import ServerOptions
+from tests.llama.test_chat import HERMES, WEATHER
 from tests.support.served import SUM, Served, serving
 
 TEXTS = ("One.", "Two.", "Three.")
@@ -73,3 +74,40 @@ def test_an_answer_at_the_end_goes_on(served: Served) -> None:
     calls: list[dict[str, Any]] = [*BEGUN[:1], {**BEGUN[1], "tool_calls": [called]}]
     asked = served.ok("/apply-template", {"messages": calls})
     assert asked == {"prompt": vocab.apply_chat_template(calls)}
+
+
+def test_what_must_be_json_or_a_call_begins_anew(embedded_model: Model) -> None:
+    """A text that no such answer begins with was the start of one, and refused."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    required: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required"}
+    function: Any = WEATHER["function"]
+    of_anthropic = {**function, "input_schema": function["parameters"]}
+    template = embedded_model.vocab.chat_template(HERMES)
+    n = len(embedded_model.vocab.tokenize(template.render(BEGUN), parse_special=True))
+    options = ServerOptions(chat_template=HERMES, sampling={"max_tokens": 1})
+    with serving(embedded_model, options) as served:
+        for prompt, more in (
+            (template.render(BEGUN), {"response_format": named}),
+            (template.render(BEGUN, **required), required),
+            (template.render(BEGUN, tools=[WEATHER], continue_final_message=True),
+             {"tools": [WEATHER]}),
+        ):  # fmt: skip
+            asked = served.ok("/apply-template", {"messages": BEGUN, **more})
+            assert asked == {"prompt": prompt}
+        chat = {"messages": BEGUN, "response_format": named}
+        assert served.ok("/v1/chat/completions", chat)["usage"]["prompt_tokens"] == n
+        format = {"format": {"type": "json_schema", "schema": schema}}
+        body = {"messages": BEGUN, "max_tokens": 1, "output_config": format}
+        assert served.ok("/v1/messages", body)["usage"]["input_tokens"] <= n
+        for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+            called = {"messages": BEGUN, "tools": [of_anthropic], "tool_choice": choice}
+            counted = served.ok("/v1/messages/count_tokens", called)
+            prompt = template.render(BEGUN, **required)
+            n_called = len(embedded_model.vocab.tokenize(prompt, parse_special=True))
+            assert counted == {"input_tokens": n_called}
+        text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+        response = served.ok("/v1/responses", {"input": BEGUN, "text": text})
+        assert response["usage"]["input_tokens"] == n
+        explicit = {**chat, "continue_final_message": True}
+        assert served.post("/v1/chat/completions", explicit).status_code == 400
