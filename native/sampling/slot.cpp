@@ -52,7 +52,7 @@ void check_sampling(const plb_sampling & p, const vocabulary & words, int32_t n_
                 "-1e30 to 1e30, or -inf");
     }
     for (int32_t i = 0; i < p.n_stop_tokens; ++i) {
-        require(p.stop_tokens[i] >= 0 && p.stop_tokens[i] < words.n_vocab, "stop token",
+        require(p.stop_tokens[i] >= 0 && p.stop_tokens[i] < words.n_vocab, "stop_token_ids",
                 p.stop_tokens[i], "a token of the vocabulary");
     }
 }

@@ -135,7 +135,7 @@ def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:
         ([1] * 513, greedy(1), RequestTooLong, "513 tokens.*max_tokens=1.*513 KV cells.*512"),
         ([1] * 500, greedy(14), RequestTooLong, "513 KV cells"),
         (PROMPT, greedy(grammar="root ::= ("), GrammarError, "line 1"),
-        (PROMPT, greedy(stop_token_ids=(N_VOCAB,)), ArgumentError, "stop token"),
+        (PROMPT, greedy(stop_token_ids=(N_VOCAB,)), ArgumentError, "stop_token_ids="),
         (PROMPT, greedy(logit_bias={N_VOCAB: 1.0}), ArgumentError, "logit_bias"),
         (PROMPT, greedy(logprobs=21), ArgumentError, r"logprobs=21: must be in 0\.\.20"),
         (PROMPT, {"temperature": 0}, ArgumentError, "must be SamplingParams"),
