@@ -36,7 +36,7 @@ class CommandQueue:
         self._commands: list[Command] = []
         self._n_waiting = 0  # requests without a slot yet
         self._n_ended = 0  # of `n_submitted`, and their readers know
-        self._led = False  # a thread leads
+        self._led = 0  # the identity of the thread that leads; 0: none does
         self._rest = False  # the last leader has left something to compute
         self._ended = False  # nothing is done any more
         self._n_users = 0  # inside `keep_alive`
@@ -106,7 +106,7 @@ class CommandQueue:
             self._check_taking()
             if not self._led:
                 self._commands.append(command)
-                self._led = True
+                self._led = threading.get_ident()
                 return True
             self._n_awaited -= 1
             wake = self._n_awaited <= 0
@@ -169,10 +169,11 @@ class CommandQueue:
         with self._lock:
             return self._fits(n)
 
-    def when_room(self, call: Command) -> bool:
-        """Whether `submit` has an answer at once. If not, `call()` when that may have changed."""
+    def when_room(self, call: Command, n: int) -> bool:
+        """Whether `submit` of `n` requests has an answer at once. If not, `call()` when that may
+        have changed."""
         with self._lock:
-            if self._shut or self._has_room(1):
+            if self._shut or self._has_room(n):
                 return True
             self._room_calls.append(call)
             return False
@@ -195,8 +196,13 @@ class CommandQueue:
                 self._check_taking()
             if self._led or self._rest or self._commands:
                 return False
-            self._led = True
+            self._led = threading.get_ident()
             return True
+
+    @property
+    def leads_here(self) -> bool:
+        """The thread that asks does."""
+        return self._led == threading.get_ident()
 
     def __bool__(self) -> bool:
         return bool(self._commands)
@@ -229,7 +235,7 @@ class CommandQueue:
     def stop_leading(self, *, rest: bool) -> None:
         """Lead no longer. `rest`: there is something to compute, for the core thread then."""
         with self._lock:
-            self._led, self._rest = False, rest
+            self._led, self._rest = 0, rest
             if rest or self._commands or self.closed:
                 self._work.notify()
             elif self._drains:
@@ -254,8 +260,8 @@ class CommandQueue:
                     if self.closed:
                         return False
                 self._work.wait()
-            self._led = not self._ended
-            return self._led
+            self._led = 0 if self._ended else threading.get_ident()
+            return not self._ended
 
     def end(self) -> None:
         """Nothing is done any more. Returns when no `keep_alive` is left."""

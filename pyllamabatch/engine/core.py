@@ -128,6 +128,10 @@ class EngineCore:
                 timeout, anyway = left, True
         self.commands.submit(partial(self._add, sinks), len(sinks), timeout, anyway=anyway)
 
+    def groups(self, sinks: list[StreamSink]) -> list[list[StreamSink]]:
+        """What is best submitted together: all, or where there is no room for that each alone."""
+        return [sinks] if self.commands.fits(len(sinks)) else [[sink] for sink in sinks]
+
     def call(self, act: Callable[[Call], None], call: Call, *, more: bool = False) -> None:
         """`act(call)`, of an interactive sequence, between two steps: it finishes the call, or
         raises what that fails with. Raises as `CommandQueue.ask`."""
@@ -256,7 +260,8 @@ class EngineCore:
 
     def is_own_thread(self) -> bool:
         """Whether the caller would wait for itself."""
-        return threading.current_thread() in (self.thread, self.output_processor.thread)
+        own = threading.current_thread() in (self.thread, self.output_processor.thread)
+        return own or self.commands.leads_here
 
     def may_wait(self) -> None:
         """UnsupportedOperation where the caller would wait for itself."""

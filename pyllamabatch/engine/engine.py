@@ -316,8 +316,7 @@ class Engine:
         streams = [sink.stream for sink in sinks]
         try:
             with commands.keep_alive():
-                groups = [sinks] if commands.fits(len(sinks)) else [[sink] for sink in sinks]
-                for group in groups:
+                for group in self._core.groups(sinks):
                     self._core.submit(group)
             return [stream.wait() for stream in streams]
         except BaseException:  # interrupted: they are not wanted any more
@@ -345,7 +344,7 @@ class Engine:
         relay = self._relays.here()
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
-        await relays.submit(self._core, sink, relay)
+        await relays.submit(self._core, [sink], relay)
         return sink.stream
 
     def chunks(self, stream: Stream) -> AsyncGenerator[Chunk, None]:

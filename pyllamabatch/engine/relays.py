@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
@@ -85,16 +85,16 @@ class Relays:
             return relay
 
 
-async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
+async def submit(core: EngineCore, sinks: Sequence[StreamSink], relay: Relay) -> None:
     """As `EngineCore.submit`, but the task waits while there is no room."""
-    deadline = sink.request.options.deadline
+    deadline = sinks[0].request.options.deadline if sinks else None
     while True:
         future, wake = relay.future()
         try:
-            core.submit([sink], 0)
+            core.submit(sinks, 0)
             return
         except QueueFull:
-            if core.commands.when_room(wake):
+            if core.commands.when_room(wake, len(sinks)):
                 continue
         left = None if deadline is None else deadline - perf_counter()
         await asyncio.wait({future}, timeout=left)
@@ -124,8 +124,8 @@ async def generate(core: EngineCore, sinks: list[StreamSink], relay: Relay) -> l
     """What they are in the end, in their order."""
     streams = [sink.stream for sink in sinks]
     try:
-        for sink in sinks:
-            await submit(core, sink, relay)
+        for group in core.groups(sinks):
+            await submit(core, group, relay)
         for stream in streams:
             future, wake = relay.future()
             stream.add_done_callback(partial(_call, wake))

@@ -16,7 +16,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.lone_decode import LoneDecode
 from pyllamabatch.engine.sequence import Sequence
 from pyllamabatch.engine.signals import DeferredSignals
-from pyllamabatch.errors import EngineClosed, EngineDraining, SamplingError
+from pyllamabatch.errors import EngineClosed, EngineDraining, QueueFull, SamplingError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.types import Finish
@@ -76,6 +76,27 @@ def test_a_lone_owner_runs_its_own_steps(model: Model) -> None:
             until(lambda: core.output_processor._n_read == core._stepper.n_recorded)
             assert engine.trace()["decode_rows"].tolist() == [*[1] * N, 0, *[1] * N]
         assert engine.submit(PROMPT, greedy(N)).result(60).tokens == expected
+        check_idle(engine)
+
+
+def test_no_thread_waits_for_room_that_it_makes(model: Model) -> None:
+    """What an owner's thread calls while it leads, such as a stream's `on_prompt`."""
+    asked: list[Any] = []
+
+    def submit_two() -> None:
+        if threading.current_thread() is threading.main_thread() and not asked:
+            asked.append(engine.submit(PROMPT, greedy(2)))
+            with pytest.raises(QueueFull):
+                engine.submit(PROMPT, greedy(2))
+
+    with engine_on(model, max_waiting=1) as engine, leaders(engine, submit_two) as threads:
+        with engine.sequence(greedy()) as sequence:
+            prompted(engine, sequence)
+            del threads[:], asked[:]
+            sequence.sample()
+            assert threads[0] == threading.get_ident()
+        assert len(asked) == 1
+        assert asked[0].result(60).finish_reason == "length"
         check_idle(engine)
 
 

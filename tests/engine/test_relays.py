@@ -16,6 +16,7 @@ from pyllamabatch.engine.relays import Relay
 from pyllamabatch.engine.results import Chunk
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Plan, StepView, sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import check_idle, engine_on, greedy, held
 
@@ -48,6 +49,25 @@ def test_tasks_get_what_threads_get(model: Model, max_waiting: int | None) -> No
         asyncio.run(run())
         asyncio.run(run())  # another loop
         check_done(engine)
+
+
+def test_prompts_of_one_call_come_in_together(model: Model) -> None:
+    seen: list[int] = []
+
+    class Looks:
+        usual = sarathi()
+
+        def plan(self, view: StepView) -> Plan:
+            seen.append(len(view.running) + len(view.waiting))
+            return self.usual.plan(view)
+
+    with engine_on(model, policy=Looks()) as engine:
+        for _ in range(5):
+            del seen[:]
+            asyncio.run(engine.agenerate(PROMPTS, greedy(3)))
+            assert seen[0] == len(PROMPTS)
+            check_done(engine)
+            engine.resume()
 
 
 def test_chunks_are_the_tokens_in_pieces(embedded_model: Model) -> None:
