@@ -27,6 +27,7 @@ from .security import ApiKeys, Cors
 from .service import Service
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
+ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> Starlette:
@@ -75,8 +76,10 @@ def _routes(described: Described, service: Service) -> list[BaseRoute]:
         async def endpoint() -> None: ...
 
         endpoint.__doc__ = to.__doc__
-        extra = None if body is None else described.body(body)
+        extra = {} if body is None else described.body(body)
         for path in paths:
+            if "{" in path:
+                extra = {"parameters": [ID]}
             name = f"{to.__name__}:{path}"
             routes.append(Route(path, Answers(service, to), methods=[method], name=name))
             described.add_api_route(
@@ -133,6 +136,8 @@ async def models(service: Service, request: Request) -> Response:
 async def model(service: Service, request: Request) -> Response:
     """One of them."""
     id = request.path_params["id"]
+    if not id:
+        return await models(service, request)
     for one in _models(service):
         if one["id"] == id:
             return json_response(one)

@@ -23,6 +23,7 @@ def chat_text(events: list[Any], choice: int = 0) -> str:
 def test_models_and_health(served: Served) -> None:
     assert served.client.get("/health").json() == {"status": "ok"}
     (model,) = served.client.get("/v1/models").json()["data"]
+    assert served.client.get("/v1/models/").json()["data"] == [model]
     assert model["id"] == "default.gguf"
     assert model["meta"]["n_ctx_train"] == served.engine.model.n_ctx_train
 
@@ -339,3 +340,5 @@ def test_the_description_has_every_body(served: Served) -> None:
         "properties"
     ].keys()
     assert "ResponseFormat" in schemas
+    (named,) = description["paths"]["/v1/models/{id}"]["get"]["parameters"]
+    assert (named["name"], named["in"]) == ("id", "path")
