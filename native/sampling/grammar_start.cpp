@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <regex>
 #include <stdexcept>
+#include <vector>
 
 namespace plb {
 
@@ -13,18 +14,80 @@ namespace {
 
 using tokens = std::vector<llama_token>;
 
-// std::regex calls itself for each character and each group: a stack's end is the process's.
-constexpr size_t MAX_PATTERN = 32768; // bytes
-constexpr int    MAX_GROUPS  = 256;
+// std::regex calls itself for each part of a pattern, each repetition of it and each group: a
+// stack's end is the process's.
+constexpr size_t MAX_PATTERN = 16384; // bytes
+constexpr size_t MAX_GROUPS  = 256;
 
-int nesting(const std::string & pattern) {
-    int depth = 0, most = 0;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-        i += pattern[i] == '\\';
-        depth += i < pattern.size() ? (pattern[i] == '(') - (pattern[i] == ')') : 0;
-        most = std::max(most, depth);
+struct pattern_extent {
+    size_t bytes;  // with a{n} written out n times
+    size_t groups; // in each other
+};
+
+// The most repetitions of what ends at `i`, which comes to stand behind the }.
+size_t repetitions(const std::string & pattern, size_t & i) {
+    size_t most = 1, number = 0;
+    for (; i < pattern.size() && pattern[i] != '}'; ++i) {
+        number = pattern[i] == ',' ? 0 : std::min(10 * number + (size_t) (pattern[i] - '0') % 10, MAX_PATTERN + 1);
+        most   = std::max(most, number);
     }
+    ++i;
     return most;
+}
+
+// Behind the ] of a class whose [ is before `i`.
+size_t class_end(const std::string & pattern, size_t i) {
+    for (; i < pattern.size() && pattern[i] != ']'; ++i) {
+        const char kind = pattern[i] == '[' && i + 1 < pattern.size() ? pattern[i + 1] : ' ';
+        if (pattern[i] == '\\') {
+            ++i;
+        } else if (kind == ':' || kind == '.' || kind == '=') { // [:alpha:]
+            const size_t end = pattern.find({kind, ']'}, i + 2);
+            i                = end == std::string::npos ? pattern.size() : end + 1;
+        }
+    }
+    return std::min(i + 1, pattern.size());
+}
+
+pattern_extent extent(const std::string & pattern) {
+    struct group {
+        size_t before, last; // bytes; of what a repetition would repeat
+    };
+    std::vector<group> open(1);
+    pattern_extent     all{0, 0};
+    for (size_t i = 0; i < pattern.size();) {
+        const size_t start = i++;
+        const char   kind  = pattern[start];
+        if (kind == '(') {
+            open.push_back({});
+            all.groups = std::max(all.groups, open.size() - 1);
+            continue;
+        }
+        if (kind == '*' || kind == '+' || kind == '?') {
+            ++open.back().last;
+            continue;
+        }
+        if (kind == '{') {
+            size_t & last = open.back().last;
+            last          = std::min((last + 1) * repetitions(pattern, i), MAX_PATTERN + 1);
+            continue;
+        }
+        size_t inner = 0;
+        if (kind == ')' && open.size() > 1) {
+            inner = open.back().before + open.back().last + 1;
+            open.pop_back();
+        } else if (kind == '\\') {
+            ++i;
+        } else if (kind == '[') {
+            i = class_end(pattern, i);
+        }
+        open.back().before += open.back().last;
+        open.back().last = inner + i - start;
+    }
+    for (const group & one : open) {
+        all.bytes += one.before + one.last;
+    }
+    return all;
 }
 
 tokens copied(const llama_vocab * vocab, const llama_token * data, int32_t n) {
@@ -61,9 +124,11 @@ void check_patterns(const plb_grammar_start & start) {
     }
     for (int32_t i = 0; i < start.n_patterns; ++i) {
         const std::string text = start.patterns[i];
-        if (text.size() > MAX_PATTERN || nesting(text) > MAX_GROUPS) {
+        const auto [bytes, groups] = extent(text);
+        if (bytes > MAX_PATTERN || groups > MAX_GROUPS) {
             throw failure{PLB_E_GRAMMAR, "a trigger pattern of " + std::to_string(text.size()) + " bytes, " +
-                                             std::to_string(nesting(text)) + " groups deep: at most " +
+                                             std::to_string(bytes) + " or more with its repetitions written out, " +
+                                             std::to_string(groups) + " groups deep: at most " +
                                              std::to_string(MAX_PATTERN) + " and " + std::to_string(MAX_GROUPS)};
         }
         try {

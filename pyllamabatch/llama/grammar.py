@@ -18,7 +18,7 @@ class Grammar:
       grammar starts with the first group that matched, or else with the match). A pattern with
       repetitions, anchors, word boundaries or back references is searched for in the last 512 bytes
       of the answer and what the new token adds; `^` is the start of the answer. A pattern has at
-      most 32768 bytes, and groups in 256 levels.
+      most 16384 bytes, with `a{n}` written out n times, and groups in 256 levels.
     - prefill: tokens at the end of the prompt that the grammar describes, too. Not for a lazy one.
     - thinking_start, thinking_ends: token sequences around thoughts, in which a lazy grammar is not
       triggered. It may begin with one of the ends.

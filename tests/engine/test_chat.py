@@ -262,10 +262,13 @@ def test_a_grammars_fields_are_sequences_of_what_they_name(name: str, value: Any
 
 
 def test_a_trigger_that_is_no_regular_expression(engine: Engine) -> None:
-    for pattern in ("a" * 90_000, "(" * 20_000 + "a" + ")" * 20_000):
+    deep = "(" * 20_000 + "a" + ")" * 20_000
+    for pattern in ("a" * 90_000, deep, "(){32000}", "(?:(a?){200,}){90}", "a{9}{9}{9}{9}{9}"):
         large = Grammar("root ::= [a]", lazy=True, trigger_patterns=(pattern,))
         with pytest.raises(GrammarError, match=f"a trigger pattern of {len(pattern)} bytes"):
             engine.submit("x", SamplingParams(grammar=large))
+    classes = Grammar("root ::= [a]", lazy=True, trigger_patterns=("[[:alpha:](\\](]" * 257,))
+    engine.submit("x", SamplingParams(max_tokens=1, grammar=classes)).result(30)
     grammar = Grammar("root ::= [a]", lazy=True, trigger_patterns=("(",))
     with pytest.raises(GrammarError, match="no regular expression"):
         engine.submit("a", SamplingParams(grammar=grammar))
