@@ -81,6 +81,12 @@ llama_token choose(const vocabulary & words, scratch & scratch, plb_slot & slot,
     }
     candidates = fill(words, scratch, request);
     llama_sampler_apply(slot.grammar.get(), &candidates);
+    if (!any_candidate(candidates)) { // it may be complete: then it ends, though it is early
+        fused_request may_end = request;
+        may_end.never[1] = may_end.never[2] = {};
+        candidates = fill(words, scratch, may_end);
+        llama_sampler_apply(slot.grammar.get(), &candidates);
+    }
     return run_chain(slot, candidates);
 }
 

@@ -31,7 +31,7 @@ class SamplingParams:
       afterwards, and generates nothing. A recurrent or hybrid model can go on from there only with
       a longer prompt: the same one is computed again. min_tokens: as many are generated before an
       end-of-generation token or a stop token id may be chosen, and stop strings are looked for
-      behind them.
+      behind them. A grammar that allows nothing but the end ends the text before.
     - top_k <= 0, top_p = 1, min_p = 0, typical_p = 1, repeat_penalty = 1, frequency_penalty = 0
       and presence_penalty = 0 are each "off".
     - penalty_last_n: how many tokens back the penalties look, prompt included; -1 is all of them.
@@ -43,7 +43,7 @@ class SamplingParams:
     - stop: texts that end the request (looked for in the generated text by the engine).
       stop_token_ids: token ids that do.
     - preserved_tokens: special tokens that are written out in the text; of others it has nothing.
-    - ignore_eog: end-of-generation tokens are never chosen.
+    - ignore_eog: end-of-generation tokens are not chosen, unless a grammar allows nothing else.
     - logprobs: None is off, 0 gives the chosen token's log-probability, n also the n most likely
       tokens'. They are a log-softmax of the raw logits over the whole vocabulary, before bias,
       penalties, grammar and truncation."""

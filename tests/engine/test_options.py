@@ -13,6 +13,7 @@ import pytest
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, device_aware, fcfs
+from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import check_idle, engine_on, greedy, held, stopped_clock
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -231,6 +232,21 @@ def test_closing_wakes_who_waits_for_room(model: Model) -> None:
     engine.close(wait=False)
     thread.join()
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("early", [{"min_tokens": 12}, {"ignore_eog": True}])
+def test_a_complete_grammar_ends_the_text(embedded_model: Model, early: dict[str, Any]) -> None:
+    """It allows nothing else. One that may go on does."""
+    with engine_on(embedded_model) as engine:
+        for grammar, text in (('root ::= "yes"', "yes"), ('root ::= "y"+', 12 * "y")):
+            for temperature in (0.0, 1.0):
+                params = SamplingParams(
+                    temperature=temperature, max_tokens=12, grammar=grammar, **early
+                )
+                result = engine.submit("Really? ", params).result(60)
+                assert result.text == text
+                assert result.finish_reason == ("stop" if text == "yes" else "length")
+        check_idle(engine)
 
 
 def test_nothing_ends_a_text_before_min_tokens(embedded_model: Model) -> None:
