@@ -17,16 +17,16 @@ import sys
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
 from pyllamabatch.cost.kernels import is_cuda
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
+from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.engine.context_defaults import ubatch
-from pyllamabatch.engine.layout import LEAST_STREAM_CELLS
-from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
+from pyllamabatch.engine.on_machine import lay_out_on
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report.plots import styled
 from pyllamabatch.scheduler import make_policy
@@ -137,15 +137,22 @@ def run(args: argparse.Namespace) -> int:
         )
     profile = load_profile(args.profile)
     cuda, on_gpu = is_cuda(profile.key.backend), not profile.key.backend.startswith("CPU")
-    args.n_ubatch = min(ubatch(args.n_ubatch, cuda=cuda, free=inf).value, args.n_batch)
+    args.n_ubatch = ubatch(args.n_ubatch, cuda=cuda, free=inf).value
+    n = args.n_seq_max
+    asked: Any = SimpleNamespace(
+        n_seq_max=n, prefix_cache=args.prefix_cache, batch_invariant=args.batch_invariant,
+        cost="auto",
+    )  # fmt: skip
+    params = {name: getattr(args, name) for name in ("n_ctx", "n_batch", "n_ubatch")}
+    params["kv_unified"] = "auto" if args.kv_unified is None else args.kv_unified
+    layout, given = lay_out_on(profile, asked, params)
+    args.kv_unified, args.n_batch = given["kv_unified"], given["n_batch"]
+    args.n_ubatch = min(args.n_ubatch, args.n_batch)
 
-    def spec_of(unified: bool) -> EngineSpec:
+    def spec_of(unified: bool, n_cells: int) -> EngineSpec:
         cost = CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
         if unified and not on_gpu:
             cost.switch = 0.0  # who decodes is no matter to a graph in a pool
-        n, n_cells = args.n_seq_max, args.n_ctx
-        if not unified:  # libllama gives each stream a multiple of so many
-            n_cells = n * 256 * -(-n_cells // n // 256)
         spec = EngineSpec.of(
             cost, n_seq_max=n, n_cells=n_cells, n_batch=args.n_batch, n_ubatch=args.n_ubatch,
             unified=unified, prefix_cache=args.prefix_cache, overhead=args.overhead,
@@ -155,12 +162,10 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         return replace(spec, latency=args.latency)
 
-    chooses = args.kv_unified is None
-    if chooses:
-        args.kv_unified = chooses_pool(profile, args)
-    spec = spec_of(args.kv_unified)
-    if chooses and not (args.kv_unified or args.batch_invariant):
-        spec = replace(spec, pool=spec_of(True))
+    n_cells = given["n_ctx"] if args.kv_unified else given["n_ctx"] // given["n_seq_max"] * n
+    spec = spec_of(args.kv_unified, n_cells)
+    if layout.pool:
+        spec = replace(spec, pool=spec_of(True, layout.pool))
     fleet: dict[str, Any] = {"n_replicas": args.replicas, "router": args.router}
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load, **fleet)
@@ -189,20 +194,6 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         args.html.write_text(report.page(runs, summaries, title, settings), encoding="utf-8")
     return 0
-
-
-def chooses_pool(profile: Profile, args: argparse.Namespace) -> bool:
-    """Whether an engine that is not told otherwise begins with one pool of cells: where an equal
-    share is of little use, and where a pool is faster on this device."""
-    if args.batch_invariant:
-        return False
-    if args.n_seq_max == 1 or args.n_ctx // args.n_seq_max < LEAST_STREAM_CELLS:
-        return True
-
-    def cost_of(unified: bool) -> CostModel:
-        return CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
-
-    return pool_pays(pool_speed(cost_of, args.n_seq_max))
 
 
 def split_policies(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..cost.kernels import is_cuda
 from ..cost.model import CostModel
+from ..cost.profile import Profile
 from ..errors import UnsupportedOperation
 from ..llama.host import PathLike
 from ..llama.model import Model
@@ -31,21 +32,29 @@ def make_context(
     if options.loras:
         raise UnsupportedOperation("a profile machine has no weights that an adapter could change")
     model, machine = model or vocabulary(), ProfileMachine.named(name)
-    streams = machine.has(unified=False)
-    why = "" if streams else "the machine's profile has no streams"
     rows = ubatch(params["n_ubatch"], cuda=is_cuda(machine.profile.key.backend), free=inf)
     params["n_ubatch"] = rows.value
+    layout, given = lay_out_on(machine.profile, options, params)
+    reasons = {"n_ubatch": rows.why, "n_batch": why_batch(params["n_batch"], given["n_batch"])}
+    layout = replace(layout, reasons=reasons)
+    return MachineContext(machine, model, **given), layout
+
+
+def lay_out_on(
+    profile: Profile, options: EngineOptions, params: dict[str, Any]
+) -> tuple[Layout, dict[str, Any]]:
+    """The layout where steps take what this profile says, and what of `params` a context with it
+    is made with."""
+    why = "" if profile.has(unified=False) else "the machine's profile has no streams"
     cells, given = Cells(N_CTX_TRAIN, pool_only=why), dict(params)
     layout = lay_out(cells, options, given)
     if layout.pool and options.cost == "auto":
 
         def cost_of(unified: bool) -> CostModel:
-            return machine.cost(unified=unified, n_ubatch=params["n_ubatch"])
+            return CostModel.fit(profile, unified=unified, n_ubatch=params["n_ubatch"])
 
         layout, pool = with_speed(layout, cost_of, options.n_seq_max)
         if pool:
             given = params | {"kv_unified": True}
             lay_out(cells, options, given)
-    reasons = {"n_ubatch": rows.why, "n_batch": why_batch(params["n_batch"], given["n_batch"])}
-    layout = replace(layout, reasons=reasons)
-    return MachineContext(machine, model, **given), layout
+    return layout, given

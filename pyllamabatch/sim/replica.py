@@ -101,7 +101,10 @@ class EngineSpec:
         n_ubatch = min(n_ubatch, n_batch)
         invariance = Invariance.assumed(n_ubatch, n_seq_max) if batch_invariant else None
         n_cached = n_copies(n_seq_max, n_batch, unified=unified) if prefix_cache else 0
-        n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
+        n_cells_seq = n_cells
+        if not unified:  # batch_invariant: a cell of each is for a row that fills up a call
+            n_cells_seq = max(1, n_cells // n_seq_max - batch_invariant)
+            n_cells = n_cells_seq * n_seq_max
         gap_max = 0 if unified else gap_max
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
         if speculate:

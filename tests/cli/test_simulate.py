@@ -112,6 +112,10 @@ def test_drafts_move_the_sampling_on_a_device_that_samples(
         ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", {"kv_unified": True}),
         ("m2-ultra-gemma-3-4b-it-qat", {"n_batch": 64, "prefix_cache": False}),
         ("m2-ultra-gemma-3-4b-it-qat", {"n_seq_max": 31, "n_ctx": 2048, "kv_unified": False}),
+        ("m2-ultra-gemma-3-4b-it-qat", {"n_seq_max": 3, "n_ctx": 10000}),
+        ("m2-ultra-gemma-3-4b-it-qat", {"n_seq_max": 4, "n_ctx": 300}),
+        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", {"n_seq_max": 3, "batch_invariant": True}),
+        ("x86-1-thread-qwen2-0.5b-q4_k_m", {}),  # which has no streams
     ],
 )
 def test_the_engine_is_the_live_one_of_these_options(
@@ -135,7 +139,9 @@ def test_the_engine_is_the_live_one_of_these_options(
     sizes = {"n_seq_max": 16, "n_ctx": 32768, **words}
     with Engine(machine=profile, speculate=None, **sizes) as engine:
         cache, limits = engine._core.scheduler.admission.cache, engine.limits
-        assert replace(spec.limits, fills=limits.fills) == limits
+        assert replace(spec.limits, behind=limits.behind, fills=limits.fills) == limits
+        pool = engine._core.scheduler._pool
+        assert (spec.pool and spec.pool.limits) == (pool and pool.limits)
         assert replace(spec.sharing, tries=cache.sharing.tries) == cache.sharing
         assert spec.retain == cache.retain
         assert engine.cost is not None
