@@ -53,7 +53,8 @@ class Chat:
     The prompt is llama-server's for the same messages (`pyllamabatch.llama.chat`). The grammar that
     tools or a schema need is applied, and what the model's format marks as thoughts or as tool
     calls is read into `reasoning_content` and `tool_calls`. Raises what `Engine.submit` and
-    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools."""
+    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools, and for a schema of an
+    answer that goes on, where the model's format leaves out what has begun."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -167,16 +168,21 @@ def rendered(
     template: ChatTemplate, messages: Iterable[Message], options: ChatOptions
 ) -> tuple[ChatPrompt, bool]:
     """The prompt, and whether an answer to it is all content: without tools and thoughts. A schema
-    is the whole answer's then, which is for `SamplingParams`. Raises as `ChatTemplate.render`, and
-    ArgumentError for tools that the template has no place for."""
+    is the whole answer's then, which is for `SamplingParams`, unless the prompt has some of it.
+    Raises as `ChatTemplate.render`, and ArgumentError for tools that the template has no place for,
+    and for a schema of an answer that goes on, where the grammar leaves out what has begun."""
     tools = options.get("tools") if options.get("tool_choice") != "none" else None
     plain = not tools and not template.supports_thinking
-    schema = None if plain else options.get("json_schema")
+    going_on = options.get("continue_final_message", False)
+    schema = None if plain and not going_on else options.get("json_schema")
     options = {**options, "json_schema": None if schema is None else schema_text(schema)}
     prompt = template.render(messages, **options)
     if tools and not template.capabilities["supports_tools"]:
         limit = "the chat template has no place for tools"
         raise ArgumentError("tools", f"{len(tools)} of them", limit)
+    if schema is not None and going_on and not (prompt.grammar and prompt.grammar.prefill):
+        limit = "not with this JSON schema: the template's grammar leaves out what has begun"
+        raise ArgumentError("continue_final_message", going_on, limit)
     return prompt, plain
 
 

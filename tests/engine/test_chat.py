@@ -219,6 +219,21 @@ def test_without_thoughts_the_schema_is_the_whole_answers(engine: Engine, model:
         assert answer.result.tokens == alone.tokens
 
 
+@pytest.mark.parametrize("template", ["chatml", HERMES], ids=["plain", "thinking"])
+def test_a_begun_answer_and_its_rest_are_what_the_schema_allows(
+    engine: Engine, template: str
+) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    begun = {"role": "assistant", "content": '{"n":'}
+    given: dict[str, Any] = {"json_schema": schema, "template": template}
+    answer = engine.chat([USER, begun], GREEDY, continue_final_message=True, **given)
+    assert json.loads(begun["content"] + answer.result.text)["n"] in (1, 2)
+    assert answer.message.content == begun["content"] + answer.result.text
+    given["template"] = "llama2"  # it ends the text
+    with pytest.raises(ArgumentError, match="leaves out what has begun"):
+        engine.chat([USER, begun], GREEDY, continue_final_message=True, **given)
+
+
 @pytest.mark.parametrize(
     ("given", "params", "named"),
     [

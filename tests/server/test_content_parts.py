@@ -1,5 +1,6 @@
 """A content of several parts gives the prompt that llama.cpp makes of them, in each interface."""
 
+import json
 from typing import Any
 
 import pytest
@@ -111,3 +112,11 @@ def test_what_must_be_json_or_a_call_begins_anew(embedded_model: Model) -> None:
         assert response["usage"]["input_tokens"] == n
         explicit = {**chat, "continue_final_message": True}
         assert served.post("/v1/chat/completions", explicit).status_code == 400
+
+
+def test_a_begun_json_goes_on(served: Served) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    begun = [*BEGUN[:1], {"role": "assistant", "content": '{"n":'}]
+    asked = {"messages": begun, "json_schema": schema, "continue_final_message": True}
+    (choice,) = served.ok("/v1/chat/completions", {**asked, "temperature": 0})["choices"]
+    assert json.loads('{"n":' + choice["message"]["content"])["n"] in (1, 2)
