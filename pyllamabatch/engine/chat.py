@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ..errors import ArgumentError, ChatParseError, unknown_keyword
 from ..llama.chat import ChatOptions, ChatPrompt, ChatTemplate, Message
 from ..llama.chat_message import ChatDelta, ChatMessage, MessageReader
+from ..llama.grammar import Grammar
 from ..step.json_schema import schema_text
 from ..step.sampling_params import SamplingParams
 from .options import Options
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .engine import Engine
+
+
+FORMAT = "response-format"
+"""The name of a schema's rule begins so, in the grammars of all of llama.cpp's chat parsers."""
 
 
 class ChatRequest(ChatOptions, Options, total=False):
@@ -53,8 +58,8 @@ class Chat:
     The prompt is llama-server's for the same messages (`pyllamabatch.llama.chat`). The grammar that
     tools or a schema need is applied, and what the model's format marks as thoughts or as tool
     calls is read into `reasoning_content` and `tool_calls`. Raises what `Engine.submit` and
-    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools, and for a schema of an
-    answer that goes on, where the model's format leaves out what has begun."""
+    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools, and for a schema beside
+    tools, or of an answer that goes on, where the model's format has no place for it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -170,7 +175,7 @@ def rendered(
     """The prompt, and whether an answer to it is all content: without tools and thoughts. A schema
     is the whole answer's then, which is for `SamplingParams`, unless the prompt has some of it.
     Raises as `ChatTemplate.render`, and ArgumentError for tools that the template has no place for,
-    and for a schema of an answer that goes on, where the grammar leaves out what has begun."""
+    and for a schema beside tools, or of an answer that goes on, where its grammar has none."""
     tools = options.get("tools") if options.get("tool_choice") != "none" else None
     plain = not tools and not template.supports_thinking
     going_on = options.get("continue_final_message", False)
@@ -180,9 +185,14 @@ def rendered(
     if tools and not template.capabilities["supports_tools"]:
         limit = "the chat template has no place for tools"
         raise ArgumentError("tools", f"{len(tools)} of them", limit)
-    if schema is not None and going_on and not (prompt.grammar and prompt.grammar.prefill):
-        limit = "not with this JSON schema: the template's grammar leaves out what has begun"
-        raise ArgumentError("continue_final_message", going_on, limit)
+    if schema is not None:
+        grammar = prompt.grammar or Grammar("")
+        if tools and options.get("tool_choice", "auto") == "auto" and FORMAT not in grammar.text:
+            limit = "not beside this JSON schema: the template's grammar leaves it out then"
+            raise ArgumentError("tools", f"{len(tools)} of them", limit)
+        if going_on and not grammar.prefill:
+            limit = "not with this JSON schema: the template's grammar leaves out what has begun"
+            raise ArgumentError("continue_final_message", going_on, limit)
     return prompt, plain
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.engine.chat import ChatRequest
 from pyllamabatch.errors import ArgumentError, ChatTemplateError, GrammarError
 from pyllamabatch.llama.chat_message import ChatDelta, ChatMessage
 from pyllamabatch.llama.grammar import Grammar
@@ -235,6 +236,30 @@ def test_a_begun_answer_and_its_rest_are_what_the_schema_allows(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "<|tool_calls_section_begin|><|tool_call_begin|>",
+        "<|open|><|close|><|end_of_msg|>",
+        "<|role_sep|><|message_sep|>",
+        ">>>all>>>${recipient}",
+        "List of tools: [",
+    ],
+    ids=["Kimi K2's", "Kimi K3's", "GigaChat 3's", "functionary's", "LFM2's"],
+)
+def test_a_schema_that_a_format_leaves_out_beside_tools(engine: Engine, words: str) -> None:
+    given: ChatRequest = {
+        "template": f"{{# {words} #}}{HERMES}",
+        "tools": [WEATHER],
+        "json_schema": {"type": "object"},
+    }
+    with pytest.raises(ArgumentError, match="tools='1 of them': not beside this JSON schema"):
+        engine.chat.prepare([USER], None, given)
+    for choice in ("none", "required"):  # an answer without calls, and one that is all calls
+        engine.chat.prepare([USER], None, {**given, "tool_choice": choice})
+    engine.chat.prepare([USER], None, {**given, "template": HERMES})
+
+
+@pytest.mark.parametrize(
     ("given", "params", "named"),
     [
         ({"tols": [WEATHER]}, None, "did you mean tools"),
@@ -277,13 +302,10 @@ def test_a_grammars_fields_are_sequences_of_what_they_name(name: str, value: Any
 
 
 def test_a_trigger_that_is_no_regular_expression(engine: Engine) -> None:
-    deep = "(" * 20_000 + "a" + ")" * 20_000
-    for pattern in ("a" * 90_000, deep, "(){32000}", "(?:(a?){200,}){90}", "a{9}{9}{9}{9}{9}"):
+    for pattern in ("a" * 90_000, "(" * 20_000 + "a" + ")" * 20_000):
         large = Grammar("root ::= [a]", lazy=True, trigger_patterns=(pattern,))
         with pytest.raises(GrammarError, match=f"a trigger pattern of {len(pattern)} bytes"):
             engine.submit("x", SamplingParams(grammar=large))
-    classes = Grammar("root ::= [a]", lazy=True, trigger_patterns=("[[:alpha:](\\](]" * 257,))
-    engine.submit("x", SamplingParams(max_tokens=1, grammar=classes)).result(30)
     grammar = Grammar("root ::= [a]", lazy=True, trigger_patterns=("(",))
     with pytest.raises(GrammarError, match="no regular expression"):
         engine.submit("a", SamplingParams(grammar=grammar))
