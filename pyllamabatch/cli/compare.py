@@ -30,6 +30,7 @@ from pyllamabatch.cli.options import (
     add_model_arguments,
     add_shared,
     at_least,
+    check_writable,
     counts,
     model_path,
     n_bytes,
@@ -183,9 +184,9 @@ def check(args: argparse.Namespace) -> list[str]:
             )
     if args.plot:
         plots.check(args.plot)
-        open(args.plot, "ab").close()  # a bad name is said before anything runs
     if args.out:
-        append(args.out, [])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out, args.plot)
     return arms
 
 

@@ -38,6 +38,7 @@ from pyllamabatch.cli.options import (
     add_sampling_arguments,
     add_shared,
     at_least,
+    check_writable,
     load_model,
     open_engine,
     read_text,
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for messages, instead of the model's: chatml, gemma, llama3, … or a file")
     add("--ignore-unknown", action="store_true", help="leave out fields that are not known")
     add("--overwrite", action="store_true", help="forget what --out holds")
-    add("--trace", metavar="FILE",
+    add("--trace", type=Path, metavar="FILE",
         help=f"write the last {N_TRACE} steps as JSON, for `pyllamabatch view` and "
         "https://ui.perfetto.dev")
     add("-q", "--quiet", action="store_true", help="report bad lines only")
@@ -87,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
         results = _results(args, stack)
         options = sampling_options(args)
         SamplingParams(**options)  # a bad flag is the command's failure, not that of every line
-        if args.trace is not None:
-            open(args.trace, "a").close()  # likewise
+        check_writable(args.trace)  # likewise
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         requests = Requests(model, options, args.seed, args.chat_template)
         engine = None

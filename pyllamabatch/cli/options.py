@@ -1,6 +1,7 @@
 """The flags that commands share, and what they give to Model, Engine and SamplingParams."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -198,6 +199,15 @@ def read_text(flag: str, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(flag, str(path), str(error)) from None
+
+
+def check_writable(*paths: Path | None) -> None:
+    """OSError for one that can't be written; nothing is written, and no file is left behind."""
+    for path in filter(None, paths):
+        there = path.exists()
+        open(path, "ab").close()
+        if not there:
+            os.remove(os.path.realpath(path))  # not the link to it
 
 
 def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pyllamabatch.cli.console import say, show
-from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, router_named
+from pyllamabatch.cli.options import N_TRACE, add_shared, at_least, check_writable, router_named
 from pyllamabatch.cost.kernels import is_cuda
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile, shipped_names
@@ -115,8 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         with styled():
             pass  # without matplotlib, likewise
-    for path in filter(None, (args.steps, args.jsonl, args.markdown, args.html)):
-        open(path, "a").close()  # a bad name is said before anything runs
+    check_writable(args.steps, args.jsonl, args.markdown, args.html)
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     requests = [  # for policies that look at them
         replace(

@@ -181,6 +181,14 @@ def test_a_file_that_can_not_be_written_is_said_before_anything_runs(
     assert not said.out
 
 
+def test_what_can_not_run_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "figures")
+    files = [f"--{file}={tmp_path / file}" for file in ("steps", "markdown", "html")]
+    words = [*files, f"--jsonl={tmp_path / 'link'}", "--acceptance=2"]
+    assert main([*PROFILE, *TRACE, *words]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_routers_name_may_be_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
     """And what a request takes on its way, until its last token is there."""
     fleet = [*PROFILE, *TRACE, "--json", "--replicas", "2", "--router"]

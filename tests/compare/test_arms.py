@@ -243,9 +243,12 @@ def test_what_does_not_fit_together_is_refused_before_anything_runs(
 
 
 def test_a_file_that_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And no file is left behind."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF but no more")
-    assert compare("-m", tmp_path / "m.gguf") == 1
+    files: list[str | Path] = ["--out", tmp_path / "rows.jsonl", "--plot", tmp_path / "page.html"]
+    assert compare("-m", tmp_path / "m.gguf", *files) == 1
     assert "m.gguf" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @LINUX
