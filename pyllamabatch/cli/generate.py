@@ -20,6 +20,7 @@ Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
 130 interrupted."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -204,6 +205,8 @@ def _input(name: str, stack: ExitStack) -> BinaryIO:
 
 def _results(args: argparse.Namespace, stack: ExitStack) -> ResultFile:
     if args.out == "-":
+        if getattr(sys.stdout, "name", "") == os.devnull:  # `main` has opened it
+            raise ArgumentError("--out", "-", "the output is closed")
         return ResultFile("stdout", sys.stdout.buffer)
     path = Path(args.out)
     if path.exists() and not path.is_file():  # a pipe or a device: nothing to resume

@@ -269,6 +269,14 @@ def test_a_reader_that_goes_away() -> None:
         assert process.wait(timeout=60) == 1
 
 
+@pytest.mark.parametrize(("to", "status"), [("&-", 2), ("/dev/null", 0)])
+def test_a_closed_output(files: Files, to: str, status: int) -> None:
+    files.write(make_lines(1))
+    words = ["sh", "-c", f'exec "$@" >{to}', "sh", *command("-n", 2, *files.names[:2])]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "output is closed" in ended.stderr) == (status, status == 2)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (None, 1)])
 def test_the_end_waits_for_no_input(number: signal.Signals | None, status: int) -> None:
     """It is told to end, or its reader goes away, while more lines may come."""
