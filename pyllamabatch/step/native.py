@@ -132,6 +132,10 @@ def slot_failure(code: int, seq_id: int, why: str) -> Exception:
         return MemoryError(why)
     if code == lib.PLB_E_EXCEPTION:
         return PyllamabatchError(why)
+    if code == lib.PLB_E_GRAMMAR_STATE:
+        return ArgumentError(
+            "params", why, "the answer that goes on is not what its grammar allows"
+        )
     return ArgumentError("params", why, "what the vocabulary and the stepper allow")
 
 

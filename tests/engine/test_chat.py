@@ -230,6 +230,8 @@ def test_a_begun_answer_and_its_rest_are_what_the_schema_allows(
     answer = engine.chat([USER, begun], GREEDY, continue_final_message=True, **given)
     assert json.loads(begun["content"] + answer.result.text)["n"] in (1, 2)
     assert answer.message.content == begun["content"] + answer.result.text
+    with pytest.raises(ArgumentError, match="is not what its grammar allows"):
+        engine.chat([USER, {**begun, "content": "It"}], continue_final_message=True, **given)
     given["template"] = "llama2"  # it ends the text
     with pytest.raises(ArgumentError, match="leaves out what has begun"):
         engine.chat([USER, begun], GREEDY, continue_final_message=True, **given)
