@@ -9,18 +9,18 @@ without a property in common, or of enums; `required` where `properties` names t
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from pyllamabatch.errors import ArgumentError, GrammarError
-from pyllamabatch.llama.json_limits import check_schema, json_text, target
+from pyllamabatch.llama.json_limits import DEPTH_MAX, check_schema, json_text, target
 
 Schema = Mapping[str, Any] | str
 
 SIZE_MAX = 1 << 18
 INT64 = 1 << 63
-BRANCHES_MAX = 100  # of oneOf, each of which is compared with each
+STEPS_MAX = 1 << 16  # branches of oneOf compared in one schema, each as often as it is
 
 HONOURED = frozenset({
     "type", "enum", "const", "$ref", "oneOf", "anyOf", "allOf",
@@ -125,15 +125,16 @@ def _schemas(root: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_keywords(argument: str, root: Any) -> None:
+    known = _Known(root)
     for schema in _schemas(root):
         try:
             why = (
                 _left_out(schema)
                 or _base(schema, root)
-                or _overlap(schema, root)
-                or _all_of(schema, root)
-                or _wider(schema, root)
-                or _empty(schema)
+                or _overlap(schema, known)
+                or _all_of(schema, known)
+                or _wider(schema, known)
+                or _empty(schema, known)
             )
         except (AttributeError, LookupError, TypeError):
             raise ArgumentError(argument, schema, "must be a JSON schema") from None
@@ -149,29 +150,22 @@ def _base(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
     return "$id", "only in the root, or where there is no $ref below it"
 
 
-def _overlap(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+def _overlap(schema: Mapping[str, Any], known: "_Known") -> tuple[str, str] | None:
     """oneOf, where a value may be of two of its branches: the grammar reads it as anyOf."""
-    branches = [_resolved(branch, root) for branch in schema.get("oneOf", ())]
-    values = [_values(branch) for branch in branches if isinstance(branch, Mapping)]
-    if len(values) == len(branches) and None not in values:
-        keys = [{_key(value) for value in each or ()} for each in values]
-        apart = len(set().union(*keys)) == sum(map(len, keys))
-    elif len(branches) > BRANCHES_MAX:
-        return "oneOf", f"at most {BRANCHES_MAX} branches, but for values"
-    else:
-        apart = all(_apart(a, b, root) for i, a in enumerate(branches) for b in branches[:i])
-    if apart:
+    if known.apart(schema.get("oneOf", ())):
         return None
+    if known.steps > STEPS_MAX:
+        return "oneOf", "fewer branches, or one required property that tells them all apart"
     return (
         "oneOf",
         "branches that no two values share (by type, const, enum or a required property)",
     )
 
 
-def _all_of(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+def _all_of(schema: Mapping[str, Any], known: "_Known") -> tuple[str, str] | None:
     """allOf, but of open objects without a property in common, or of enums that share a value: of
     any other part the converter keeps nothing."""
-    parts = [_resolved(part, root) for part in schema.get("allOf", ())]
+    parts = [known.resolved(part) for part in schema.get("allOf", ())]
     if not parts:
         return None
     keywords = {keyword for part in parts for keyword in part} - _NOTES
@@ -180,29 +174,28 @@ def _all_of(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
         objects = all(one.get("type", "object") == "object" for one in (schema, *parts))
         if objects and len(names) == len({*names}):
             return None
-    shared = set.intersection(*({_key(value) for value in part.get("enum", ())} for part in parts))
-    if keywords <= {"type", "enum"} and "type" not in schema and shared:
+    if keywords <= {"type", "enum"} and "type" not in schema and known.shared(parts):
         return None
     return "allOf", "open objects that share no property, or enums that share a value"
 
 
-def _wider(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+def _wider(schema: Mapping[str, Any], known: "_Known") -> tuple[str, str] | None:
     """What the converter reads in place of the type beside it, where it has values of others."""
     for keyword in ("$ref", "oneOf", "anyOf", "const", "enum") if "type" in schema else ():
         if keyword in ("oneOf", "anyOf"):
             parts = schema.get(keyword, [])
         else:
-            parts = [{keyword: schema[keyword]}] if keyword in schema else []
-        for part in (_resolved(part, root) for part in parts):
+            parts = [schema] if keyword in schema else []
+        for part in map(known.resolved, parts):
             told = isinstance(part, Mapping) and part.keys() & {"type", "const", "enum"}
-            if told and not _types(part) <= _types({"type": schema["type"]}):
+            if told and not known.types(part) <= _types({"type": schema["type"]}):
                 return keyword, f"values of the type beside it only: {schema['type']}"
     return None
 
 
-def _empty(schema: Mapping[str, Any]) -> tuple[str, str] | None:
+def _empty(schema: Mapping[str, Any], known: "_Known") -> tuple[str, str] | None:
     """A keyword that no text keeps which the converter would write."""
-    types = _types(schema)
+    types = known.types(schema)
     names = {*schema.get("properties", ())}
     if "object" in types and not {*schema.get("required", ())} <= names:
         return "required", "names of its own properties only"
@@ -222,33 +215,83 @@ def _empty(schema: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _apart(a: Any, b: Any, root: Any) -> bool:
-    """No value is of both schemas, as far as that is plain to see."""
-    a, b = _resolved(a, root), _resolved(b, root)
-    if a is False or b is False:
-        return True
-    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-        return False
-    if not _types(a) & _types(b):
-        return True
-    of_a, of_b = _values(a), _values(b)
-    if of_a is not None and of_b is not None:
-        return {*map(_key, of_a)}.isdisjoint(map(_key, of_b))
-    both = {*a.get("required", ())} & {*b.get("required", ())}
-    properties = a.get("properties", {}), b.get("properties", {})
-    named = both & properties[0].keys() & properties[1].keys()
-    if _types(a) | _types(b) != {"object"}:
-        return False
-    return any(_apart(properties[0][name], properties[1][name], root) for name in named)
+class _Known:
+    """What one check knows of a schema's parts, each read once: as many references may lead to one
+    as there are bytes for. A part stands under its id, so it must be a part of `root`."""
+
+    def __init__(self, root: Any) -> None:
+        self.steps = 0
+        self._root = root
+        self._types: dict[int, set[str]] = {}
+        self._values: dict[int, set[str] | None] = {}
+        self._shared: dict[frozenset[int], bool] = {}
+        self._apart: dict[frozenset[int], bool] = {}
+
+    def types(self, schema: Mapping[str, Any]) -> set[str]:
+        """As `_types`."""
+        if id(schema) not in self._types:
+            self._types[id(schema)] = _types(schema)
+        return self._types[id(schema)]
+
+    def values(self, schema: Mapping[str, Any]) -> set[str] | None:
+        """The keys of `_values`."""
+        if id(schema) not in self._values:
+            values = _values(schema)
+            self._values[id(schema)] = None if values is None else {*map(_key, values)}
+        return self._values[id(schema)]
+
+    def shared(self, schemas: Sequence[Mapping[str, Any]]) -> bool:
+        """A value is of all the schemas, which count theirs up."""
+        which = frozenset(map(id, schemas))
+        if which not in self._shared:
+            values = [self.values(one) or set() for one in schemas]
+            self._shared[which] = bool(set.intersection(*values))
+        return self._shared[which]
+
+    def resolved(self, schema: Any) -> Any:
+        """What a reference to a place in the root leads to; the schema itself where it is none."""
+        for _ in range(len(_NOTES)):  # references that lead back are refused elsewhere
+            if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
+                return schema
+            schema = target(self._root, schema["$ref"])
+        return schema
+
+    def apart(self, schemas: Sequence[Any], levels: int = DEPTH_MAX) -> bool:
+        """No value is of two of the schemas, as far as that is plain to see."""
+        schemas = [one for one in map(self.resolved, schemas) if one is not False]
+        if len(schemas) < 2:
+            return True
+        self.steps += len(schemas)
+        which = frozenset(map(id, schemas))
+        plain = all(isinstance(one, Mapping) for one in schemas) and len(which) == len(schemas)
+        if not plain or levels == 0 or self.steps > STEPS_MAX:
+            return False
+        if which not in self._apart:
+            self._apart[which] = False  # where it leads back to itself
+            self._apart[which] = self._told_apart(schemas, levels - 1)
+        return self._apart[which]
+
+    def _told_apart(self, schemas: Sequence[Mapping[str, Any]], levels: int) -> bool:
+        values = [self.values(one) for one in schemas]
+        rest = [one for one, each in zip(schemas, values, strict=True) if each is None]
+        objects = [one for one in rest if self.types(one) == {"object"}]
+        types = [self.types(one) for one in rest if self.types(one) != {"object"}]
+        types.append({"object"} if objects else set())
+        types.append(set().union(*(self.types(one) for one in schemas if self.values(one))))
+        if not (_disjoint([each or set() for each in values]) and _disjoint(types)):
+            return False
+        if len(objects) < 2:
+            return True
+        required = [{*one.get("required", ())} & {*one.get("properties", ())} for one in objects]
+        for name in sorted(set.intersection(*required)):
+            if self.apart([one["properties"][name] for one in objects], levels):
+                return True
+        pairs = ([a, b] for i, a in enumerate(objects) for b in objects[:i])
+        return len(objects) > 2 and all(self.apart(pair, levels) for pair in pairs)
 
 
-def _resolved(schema: Any, root: Any) -> Any:
-    """What a reference to a place in `root` leads to; the schema itself where it is none."""
-    for _ in range(len(_NOTES)):  # references that lead back are refused elsewhere
-        if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
-            return schema
-        schema = target(root, schema["$ref"])
-    return schema
+def _disjoint(sets: Sequence[set[str]]) -> bool:
+    return len(set().union(*sets)) == sum(map(len, sets))
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:

@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from jsonschema_specifications import REGISTRY
 
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, GrammarError
+from pyllamabatch.step import json_schema
 
 N_EACH = 26  # answers of a schema
 SHORT = {"type": "string", "maxLength": 4}
@@ -71,6 +72,10 @@ EXPRESSED: dict[str, Any] = {
     "one of": {"oneOf": [{"type": "null"}, {"enum": ["x", "y"]}]},
     "one of some values": {"oneOf": [{"const": 1}, {"enum": [2, True]}, {"type": "string"}]},
     "one of many values": {"oneOf": [{"const": i} for i in range(2000)]},
+    "one of many kinds": {"oneOf": [an_object(["k"], k={"const": i}) for i in range(101)]},
+    "one of kinds of kinds": {
+        "oneOf": [an_object(["k", "m"], k={"const": i // 2}, m={"const": i % 2}) for i in range(6)]
+    },
     "one of two kinds": {
         "oneOf": [
             {"$ref": "#/$defs/cat"},
@@ -183,7 +188,11 @@ REFUSED: dict[str, tuple[str, Any]] = {
     ),
     "one of too many kinds": (
         "oneOf",
-        {"oneOf": [an_object(["k"], k={"const": i}) for i in range(101)]},
+        {
+            "oneOf": [
+                an_object(["k", "m"], k={"const": i // 2}, m={"const": i % 2}) for i in range(300)
+            ]
+        },
     ),
     "one of equal numbers": ("oneOf", {"oneOf": [{"const": [1]}, {"enum": [2, [1.0]]}]}),
     "behind a reference": ("minimum", {"$ref": "#/x-a", "x-a": {"type": "number", "minimum": 5}}),
@@ -262,6 +271,33 @@ def keywords_in(schema: Any) -> Iterator[str]:
         if isinstance(value, (dict, list)):
             yield from keywords_in(value)
     yield from schema if isinstance(schema, dict) else ()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"p{i}": {"type": "number", "$ref": "#/$defs/v"} for i in range(400)}},
+        {"oneOf": [{"enum": [400 * i + j for j in range(400)]} for i in range(10)] + [SHORT]},
+        {"properties": {f"p{i}": {"allOf": [{"$ref": "#/$defs/v"}] * 2} for i in range(50)}},
+    ],
+)
+def test_a_schemas_values_are_read_a_few_times(
+    schema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many references lead to them, and with however many others they are compared."""
+    read: list[Any] = []
+
+    def counted(of_value: Callable[[Any], str]) -> Callable[[Any], str]:
+        def reads(value: Any) -> str:
+            read.append(value)
+            return of_value(value)
+
+        return reads
+
+    for name in ("_type_of", "_key"):
+        monkeypatch.setattr(json_schema, name, counted(getattr(json_schema, name)))
+    json_schema.schema_text({**schema, "$defs": {"v": {"enum": list(range(4000))}}})
+    assert 4000 <= len(read) <= 3 * 8000
 
 
 @pytest.mark.parametrize("name", REFUSED)
