@@ -336,16 +336,21 @@ def _number(text: str) -> float:
 
 
 def _unwrap(root: Any) -> None:
-    """Put the part of an allOf that has one in its place: so generators write notes on a $ref."""
+    """Put the part of an allOf that has one in its place: so generators write notes on a $ref.
+    Not where a reference may lead through the allOf, or to a part with a base of its own."""
+    if any("/allOf/" in str(schema.get("$ref")) for schema in _schemas(root)):
+        return
     for schema in _schemas(root):
         while isinstance(parts := schema.get("allOf"), list) and len(parts) == 1:
             part, kind = parts[0], schema.get("type")
-            if not isinstance(part, dict) or schema.keys() & HONOURED - {"allOf", "type"}:
+            if not isinstance(part, dict) or "$id" in part:
+                break
+            if schema.keys() & HONOURED - {"allOf", "type"}:
                 break
             if kind not in (None, part.get("type", kind)):
                 break
             del schema["allOf"]
-            schema.update(part)
+            schema.update({**part, **schema})
 
 
 def _bound_days(root: Any) -> None:

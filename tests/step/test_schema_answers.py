@@ -98,6 +98,15 @@ EXPRESSED: dict[str, Any] = {
     "any of objects": {"anyOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
     "all of": {"allOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
     "all of one": {"allOf": [{"$ref": "#/$defs/v"}], "title": "t", "$defs": {"v": SHORT}},
+    "all of one with definitions": {
+        "allOf": [{"$ref": "#/$defs/v", "$defs": {"v": BOOL}}],
+        "$defs": {"v": SHORT},
+    },
+    "reference into an all of": an_object(
+        ["a", "b"],
+        a={"allOf": [an_object(["c"], c=CHOICE)]},
+        b={"$ref": "#/properties/a/allOf/0/properties/c"},
+    ),
     "all of enums": {"allOf": [CHOICE, {"enum": ["b", "c"]}]},
     "large minimum": {"type": "integer", "minimum": 1000},
     "negative maximum": {"type": "integer", "exclusiveMaximum": -100},
@@ -175,6 +184,13 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "a reference from another base": (
         "\\$id",
         {"items": {"$id": "b", "$ref": "#/$defs/v", "$defs": {"v": BOOL}}, "$defs": {"v": CHOICE}},
+    ),
+    "a reference from an all of's base": (
+        "\\$id",
+        {
+            "allOf": [{"$id": "b", "$ref": "#/$defs/v", "$defs": {"v": BOOL}}],
+            "$defs": {"v": CHOICE},
+        },
     ),
     "media type": ("contentMediaType", {"type": "string", "contentMediaType": "text/html"}),
     "dynamic": ("\\$dynamicRef", {"$dynamicRef": "#x"}),
