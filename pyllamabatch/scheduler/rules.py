@@ -80,7 +80,7 @@ def whole(value: Any) -> Any:
 
 
 def _of_ints(plan: Plan) -> Plan:
-    tokens, preempt, drafts = plan.tokens, plan.preempt, plan.drafts
+    tokens, preempt, drafts = plan.tokens or {}, plan.preempt or (), plan.drafts or {}
     numbers = chain(tokens, tokens.values(), preempt, drafts, drafts.values(), (plan.repeat,))
     if set(map(type, numbers)) == {int}:
         return plan

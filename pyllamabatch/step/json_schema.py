@@ -337,13 +337,14 @@ def _number(text: str) -> float:
 
 def _unwrap(root: Any) -> None:
     """Put the part of an allOf that has one in its place: so generators write notes on a $ref.
-    Not where a reference may lead through the allOf, or to a part with a base of its own."""
-    if any("/allOf/" in str(schema.get("$ref")) for schema in _schemas(root)):
-        return
+    Not where a reference leads through the allOf, or starts from a base that the part has."""
+    pointed_at = {id(schema) for schema in _led_through(root)}
     for schema in _schemas(root):
         while isinstance(parts := schema.get("allOf"), list) and len(parts) == 1:
             part, kind = parts[0], schema.get("type")
-            if not isinstance(part, dict) or "$id" in part:
+            if not isinstance(part, dict) or id(schema) in pointed_at:
+                break
+            if "$id" in part and any("$ref" in one for one in _schemas(part)):
                 break
             if schema.keys() & HONOURED - {"allOf", "type"}:
                 break
@@ -351,6 +352,14 @@ def _unwrap(root: Any) -> None:
                 break
             del schema["allOf"]
             schema.update({**part, **schema})
+
+
+def _led_through(root: Any) -> Iterator[Any]:
+    """The schemas of which a reference names a part of their allOf."""
+    for schema in _schemas(root):
+        names = str(schema.get("$ref")).split("/allOf/")
+        for i in range(1, len(names)):
+            yield target(root, "/allOf/".join(names[:i]))
 
 
 def _bound_days(root: Any) -> None:

@@ -1,7 +1,7 @@
 """What makes each policy itself, by views made up and by whole lives of sequences."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.scheduler import (
@@ -320,12 +320,16 @@ def life(policy: ComposedPolicy, requests: list[tuple[int, int, str]]) -> list[i
     return machine.first_rows + machine.done
 
 
+ONCE_EACH = [(2 + i % 5, 1 + 7 * (i % 4), f"user {i}") for i in range(40)]
+
+
 @settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from("abcd")), max_size=24
     )
 )
+@example(ONCE_EACH)
 def test_forgetting_a_tenant_changes_nothing(requests: list[tuple[int, int, str]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeastServed, "_forget", lambda *all: None)

@@ -107,6 +107,13 @@ EXPRESSED: dict[str, Any] = {
         a={"allOf": [an_object(["c"], c=CHOICE)]},
         b={"$ref": "#/properties/a/allOf/0/properties/c"},
     ),
+    "all of one beside a reference into another": an_object(
+        ["a", "b"],
+        a={"allOf": [an_object(["c"], c=CHOICE)], "description": "d"},
+        b={"$ref": "#/properties/d/allOf/0"},
+        d={"allOf": [an_object(["e"], e=SHORT), an_object(["f"], f=BOOL)]},
+    ),
+    "all of one with a name": {"allOf": [an_object(["c"], c=CHOICE) | {"$id": "https://e/u"}]},
     "all of enums": {"allOf": [CHOICE, {"enum": ["b", "c"]}]},
     "large minimum": {"type": "integer", "minimum": 1000},
     "negative maximum": {"type": "integer", "exclusiveMaximum": -100},
