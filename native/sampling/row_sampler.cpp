@@ -8,7 +8,8 @@ namespace plb {
 namespace {
 
 constexpr int32_t PART_MIN = 256; // blocks: a part has to be worth a thread's attention
-constexpr int32_t ALONE = 12; // shortlists: fewer are done before another thread is awake
+constexpr int32_t ALONE = 12; // rows of few candidates: fewer are done before another thread is awake
+constexpr int32_t FEW   = 1024; // tokens of a vocabulary
 
 } // namespace
 
@@ -33,7 +34,7 @@ void row_sampler::sample(row_job * jobs, int32_t n) noexcept {
         return;
     }
     jobs_ = jobs;
-    if (n < ALONE && jobs[0].ids != nullptr) {
+    if (n < ALONE && (jobs[0].ids != nullptr || words_.n_vocab <= FEW)) {
         for (int32_t i = 0; i < n; ++i) {
             sample_row(words_, own(), jobs[i]);
         }
