@@ -38,8 +38,6 @@ class LeastServed:
         self._numbers: dict[str, int] = {}  # by tenant
         self._tenants = [""]  # by number, and so are these:
         self._unused = np.ones(1, dtype=bool)
-        self._came = np.zeros(1, dtype=np.int64)  # the how manieth tenant: of two alike, the first
-        self._n_came = 0
         self._served = np.zeros(1)  # sequences that run no more, and the lifts
         self._waited = np.zeros(1, dtype=bool)  # tenants with a sequence waiting, at the last look
         self._left = -1  # the tenant that stopped waiting last
@@ -62,7 +60,7 @@ class LeastServed:
         if not view.can_admit:
             return ALWAYS
         counters = self._look(view, self._waits(view))
-        first = self._first(counters)
+        first = self._first(counters, view)
         running = view.running.column(self._number).astype(np.intp)
         pace = self._generated * np.bincount(running, minlength=len(counters))
         gain = pace[first] - pace
@@ -83,22 +81,22 @@ class LeastServed:
                 self._double()
             number = self._numbers[seq.tenant] = int(self._unused.argmax())
             self._tenants[number], self._unused[number] = seq.tenant, False
-            self._n_came += 1
-            self._came[number] = self._n_came
         return number
 
     def _double(self) -> None:
         none = np.zeros(len(self._tenants))
         self._tenants += self._tenants
         self._unused = np.append(self._unused, none == 0)
-        self._came = np.append(self._came, none.astype(np.int64))
         self._served = np.append(self._served, none)
         self._waited = np.append(self._waited, none > 0)
 
-    def _first(self, counters: F64) -> int:
-        """The number of the tenant that is next."""
-        least = (counters == counters.min()).nonzero()[0]
-        return int(least[self._came[least].argmin()])
+    def _first(self, counters: F64, view: StepView) -> int:
+        """The number of the tenant that is next: of two alike, whose sequence came first."""
+        least: list[int] = (counters == counters.min()).nonzero()[0].tolist()
+        if len(least) == 1 or counters[least[0]] == inf:
+            return least[0]
+        groups = view.waiting.split(self._number)
+        return min(least, key=lambda number: next(iter(groups[number])).id)
 
     def _charge(self, seq: SequenceView) -> float:
         """For its prompt, once."""
@@ -154,7 +152,7 @@ class LeastServed:
         yield from view.prefilling
         groups = view.waiting.split(self._number)
         begun: dict[int, Iterator[SequenceView]] = {}
-        while counters[first := self._first(counters)] < inf:
+        while counters[first := self._first(counters, view)] < inf:
             if first not in begun:
                 begun[first] = iter(groups[first])
             seq = next(begun[first], None)
