@@ -35,8 +35,7 @@ class LeastServed:
             if not 0 < value < inf:
                 raise ArgumentError(name, value, "more than 0")
         self._prompt, self._generated = prompt, generated
-        self._numbers: dict[str, int] = {}  # by tenant
-        self._tenants = [""]  # by number, and so are these:
+        self._numbers: dict[str, int] = {}  # by tenant, and these by number:
         self._unused = np.ones(1, dtype=bool)
         self._served = np.zeros(1)  # sequences that run no more, and the lifts
         self._waited = np.zeros(1, dtype=bool)  # tenants with a sequence waiting, at the last look
@@ -80,15 +79,14 @@ class LeastServed:
             if not self._unused.any():
                 self._double()
             number = self._numbers[seq.tenant] = int(self._unused.argmax())
-            self._tenants[number], self._unused[number] = seq.tenant, False
+            self._unused[number] = False
         return number
 
     def _double(self) -> None:
-        none = np.zeros(len(self._tenants))
-        self._tenants += self._tenants
-        self._unused = np.append(self._unused, none == 0)
-        self._served = np.append(self._served, none)
-        self._waited = np.append(self._waited, none > 0)
+        n = len(self._unused)
+        self._unused = np.append(self._unused, np.ones(n, dtype=bool))
+        self._served = np.append(self._served, np.zeros(n))
+        self._waited = np.append(self._waited, np.zeros(n, dtype=bool))
 
     def _first(self, counters: F64, view: StepView) -> int:
         """The number of the tenant that is next: of two alike, whose sequence came first."""
@@ -144,9 +142,9 @@ class LeastServed:
         needless = low & ~self._waited & ~self._unused
         needless[view.running.column(self._number).astype(np.intp)] = False
         needless[self._left] = False
-        for number in needless.nonzero()[0].tolist():
-            del self._numbers[self._tenants[number]]
-        self._unused |= needless
+        if needless.any():
+            self._numbers = {name: n for name, n in self._numbers.items() if not needless[n]}
+            self._unused |= needless
 
     def _next(self, view: StepView, counters: F64) -> Iterator[SequenceView]:
         yield from view.prefilling
