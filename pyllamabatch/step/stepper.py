@@ -18,6 +18,7 @@ tokens in one call."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -193,9 +194,7 @@ class Stepper:
         if code != -1 or n_steps:
             moved = self._info.n_filled or self._info.on_device
             context._outputs = _NOT_THERE if moved else None
-            memory = context.memory
-            if memory._stale:
-                memory.applied()
+            context.memory.applied()
         if code == _THREW and not n_steps:
             raise FatalDecodeError(code, self.last_error)
 
@@ -387,10 +386,13 @@ class Stepper:
         return text(lib.plb_last_error(engine))
 
     def close(self) -> None:
-        """Free the slots; safe to call twice. Views still held elsewhere stay readable."""
+        """Free the slots; safe to call twice. Views still held elsewhere stay readable.
+        `ContextBusy` while another thread is inside."""
         engine, context = self._engine, self._context
-        self._engine = self._context = None
-        if engine is not None and context is not None:
+        if context is None:
+            return
+        with nullcontext() if context.closed else context.exclusive():
+            self._engine = self._context = None
             for seq_id in range(self.n_seq_max):
                 lib.plb_slot_clear(engine, seq_id)
                 self._let_go(seq_id)

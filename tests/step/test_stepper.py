@@ -24,7 +24,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
-from tests.support.decoding import generate, write, write_next
+from tests.support.decoding import begin, generate, write, write_next
 from tests.support.models_gguf import EOS, gguf_path
 from tests.support.oracle import RawContext, raw_context, raw_model
 
@@ -529,15 +529,31 @@ def test_one_thread_at_a_time(stepper: Stepper, context: Context) -> None:
     n = write(stepper, PROMPT)
     errors: list[BaseException] = []
 
-    def intrude() -> None:
+    def intrude(use: Callable[[], object]) -> None:
         try:
-            stepper.step(n)
+            use()
         except ContextBusy as error:
             errors.append(error)
 
     with context.exclusive():
-        thread = threading.Thread(target=intrude)
-        thread.start()
-        thread.join()
-        assert len(errors) == 1
+        for use in (lambda: stepper.step(n), stepper.close):
+            thread = threading.Thread(target=intrude, args=(use,))
+            thread.start()
+            thread.join()
+        assert len(errors) == 2
         assert stepper.step(n).code == 0  # the owner may
+
+
+def test_after_a_step_no_copy_waits(model: Model) -> None:
+    with (
+        Context(model, n_ctx=512 * 2, n_seq_max=2, kv_unified=False, n_threads=1) as context,
+        Stepper(context) as stepper,
+    ):
+        token = begin(stepper, SamplingParams(temperature=0), PROMPT)
+        context.memory.seq_cp(0, 1)
+        context.memory.seq_rm(1)
+        assert context.memory.is_copying(1)
+        stepper.run([0], 1).raise_for_code()
+        assert not context.memory.is_copying(1)
+        context.state_seq_set(context.state_seq_get(0, tokens=[*PROMPT, token]), 1)
+        assert context.memory.pos_max(1) == len(PROMPT)
