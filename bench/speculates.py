@@ -141,6 +141,7 @@ class EngineSpeculates(Speculates, EngineClients):
             n_ctx=case.n_ctx,
             n_threads=case.n_threads,
             n_threads_batch=case.n_threads,
+            prefix_cache=False,  # as llama-server's `cache_prompt`: what a text's second time saves
             **options,
         )
         if others:
