@@ -23,7 +23,7 @@ IGNORED = frozenset({
     "prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity",
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics", "user_profile_id",
-    "workspace_id",
+    "workspace_id", "context_management",
     # llama-server's
     "cache_prompt", "n_cache_reuse", "id_slot", "n_keep", "n_discard", "dry_base",
     "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",

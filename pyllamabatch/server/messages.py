@@ -1,5 +1,6 @@
 """Anthropic's `/v1/messages`."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,6 +34,10 @@ from .conversation import (
 from .errors import ApiError, invalid, json_response
 from .service import Service
 from .tokens import prompt_usage
+
+STAMP = re.compile(r"\A(x-anthropic-billing-header:[^\n]*?\bcch=)[^;\n]+")
+"""Of Claude Code, another one in each request: nothing behind it would be cached. llama-server
+writes the same over it."""
 
 
 class OutputFormat(Body):
@@ -127,7 +132,8 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
     """The conversation in the form of chat completions."""
     found: list[dict[str, Any]] = []
     if body.system:
-        found.append({"role": "system", "content": text_of("system", body.system)})
+        text = STAMP.sub(r"\1fffff", text_of("system", body.system))
+        found.append({"role": "system", "content": text})
     for i, message in enumerate(body.messages):
         role, content = message.get("role"), message.get("content")
         if content == [] and role != "assistant":

@@ -209,3 +209,19 @@ def test_an_object_is_a_prompt_too() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
     given: MixedPrompt = [{"prompt_string": SUM}, {"content": parts}, SUM]
     assert prompts_of(given, "prompt") == [SUM] * 3
+
+
+def test_what_claude_code_sends_hinders_nothing(served: Served) -> None:
+    """A field for its own server; a stamp that is another one in each request, before all else."""
+
+    def tokens_of(stamp: str) -> int:
+        header = f"x-anthropic-billing-header: cc_version=2.1.1; cc_entrypoint=cli; cch={stamp};"
+        blocks = [{"type": "text", "text": header}, {"type": "text", "text": "Be short. cch=1;"}]
+        edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+        body: dict[str, Any] = {"system": blocks, "messages": ASKED, "max_tokens": 1}
+        (system, _) = messages_of(MessagesBody(**body))
+        assert system["content"] == header.replace(stamp, "fffff") + "Be short. cch=1;"
+        usage = served.ok("/v1/messages", {**body, "context_management": edits})["usage"]
+        return int(usage["cache_read_input_tokens"])
+
+    assert tokens_of("a5145") < 80 < tokens_of("0b7e1")
