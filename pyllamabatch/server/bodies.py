@@ -391,7 +391,7 @@ def bias_of(given: LogitBias | None, tokens_of: Any) -> dict[int, float]:
         amount = -math.inf if value is False else float(value)
         if amount <= -100 and isinstance(given, dict):
             amount = -math.inf  # OpenAI's word for never
-        if isinstance(key, int) or key.isdecimal():
+        if isinstance(key, int) or (isinstance(given, dict) and key.isdecimal()):
             bias[int(key)] = amount
         else:
             bias |= dict.fromkeys(tokens_of(key), amount)

@@ -78,22 +78,27 @@ def test_the_text_is_the_engines(served: Served) -> None:
         ({"seed": 3, "temperature": 1.5, "top_k": 0}, {"seed": 3, "temperature": 1.5, "top_k": 0}),
         ({"seed": 3, "temperature": 1.5, "samplers": ["top_k", "xtc"], "top_k": 90},
          {"seed": 3, "temperature": 1.0, "top_k": 90, "top_p": 1.0, "min_p": 0.0}),
-        ({"temperature": 0, "stop": "5"}, {"temperature": 0, "stop": ("5",)}),
+        ({"temperature": 0, "stop": "2"}, {"temperature": 0, "stop": ("2",)}),
         ({"temperature": 0, "logit_bias": {"52": -100}}, {"logit_bias": {52: -math.inf}}),
+        ({"temperature": 0, "logit_bias": [["4", False]]}, {"logit_bias": {52: -math.inf}}),
         ({"temperature": 0, "presence_penalty": 2.0, "repeat_last_n": -1},
          {"presence_penalty": 2.0, "penalty_last_n": -1}),
     ]  # fmt: skip
+    prompt = served.engine.model.vocab.apply_chat_template(SUM_CHAT["messages"])
+    texts = set()
     for wire, fields in cases:
         params = SamplingParams(
             **{"temperature": 0, **fields, "max_tokens": 24, "ignore_eog": True}
         )
-        expected = served.engine.submit(SUM, params, parse_special=True).result(60)
-        body = {"prompt": SUM, "max_tokens": 24, "ignore_eos": True, **wire}
+        expected = served.engine.submit(prompt, params, parse_special=True).result(60)
+        body = {"prompt": prompt, "max_tokens": 24, "ignore_eos": True, **wire}
         (choice,) = served.ok(TEXT, body)["choices"]
         assert choice["text"] == expected.text, wire
         assert choice["finish_reason"] == expected.finish_reason
         events = served.events(TEXT, body)
         assert "".join(e["choices"][0]["text"] for e in events[:-1]) == expected.text
+        texts.add(expected.text)
+    assert len(texts) == len(cases) - 1  # two have the same bias: each case says something
 
 
 def test_several_prompts_and_samples(served: Served) -> None:
