@@ -16,7 +16,7 @@ from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens
 from .answer import respond
 from .bodies import SamplingBody
-from .conversation import Turn, blocks_of, checked, rest_of, turn_of
+from .conversation import Turn, blocks_of, checked, rest_of, set_effort, turn_of
 from .errors import invalid, json_response
 from .openai_answer import OpenAIAnswer
 from .service import Prepared, Service
@@ -74,9 +74,9 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
     kwargs = dict(body.chat_template_kwargs)
     if "enable_thinking" in kwargs:
         options["enable_thinking"] = kwargs.pop("enable_thinking")
-    if body.reasoning_effort is not None:
-        kwargs["reasoning_effort"] = body.reasoning_effort
     options["template_kwargs"] = kwargs
+    if body.reasoning_effort:
+        set_effort(options, body.reasoning_effort)
     options["json_schema"] = body.schema_wanted()
     messages = [checked(f"messages[{i}]", message) for i, message in enumerate(body.messages)]
     try:

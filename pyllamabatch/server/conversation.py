@@ -17,7 +17,7 @@ from .service import Service
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FREE = (None, "auto", "none")
 """Values of tool_choice with which an answer may be a text."""
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "refusal")
 
 
 class PlainReader:
@@ -51,6 +51,15 @@ def turn_of(service: Service, messages: Sequence[Mapping[str, Any]], options: Ch
         options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)
     return Turn(*rendered(template, messages, options))
+
+
+def set_effort(options: ChatOptions, effort: object) -> None:
+    """OpenAI's effort of reasoning: a variable of the template, or "none", as in llama-server."""
+    kwargs = {**options.get("template_kwargs", {}), "reasoning_effort": effort}
+    if effort == "none":
+        del kwargs["reasoning_effort"]
+        options["enable_thinking"] = False
+    options["template_kwargs"] = kwargs
 
 
 def is_begun(message: Mapping[str, Any]) -> bool:

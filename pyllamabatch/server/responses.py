@@ -25,6 +25,8 @@ from .conversation import (
     checked,
     content_of,
     rest_of,
+    set_effort,
+    text_of,
     turn_of,
 )
 from .errors import ApiError, invalid, json_response
@@ -119,7 +121,7 @@ def options_of(body: ResponsesBody) -> ChatOptions:
     if body.parallel_tool_calls is not None:
         options["parallel_tool_calls"] = body.parallel_tool_calls
     if body.reasoning and body.reasoning.get("effort"):
-        options["template_kwargs"] = {"reasoning_effort": body.reasoning["effort"]}
+        set_effort(options, body.reasoning["effort"])
     return options
 
 
@@ -134,29 +136,37 @@ def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
         match item.get("type", "message"):
             case "message":
                 message = {"role": item.get("role"), "content": item.get("content")}
-                messages.append(checked(f"input[{i}]", message))
+                message = checked(f"input[{i}]", message)
+                begun = messages[-1] if messages else {}
+                if begun.get("role") == message["role"] and begun["content"] is None:
+                    begun["content"] = message["content"]
+                else:
+                    messages.append(message)
+            case "reasoning":
+                name = f"input[{i}].content"
+                if thoughts := text_of(name, item.get("content") or ""):  # one may be encrypted
+                    answer = _answer_at_end(messages)
+                    answer["reasoning_content"] = answer.get("reasoning_content", "") + thoughts
             case "function_call":
-                _add_call(messages, item)
+                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+                call = {"id": item.get("call_id"), "type": "function", "function": function}
+                _answer_at_end(messages).setdefault("tool_calls", []).append(call)
             case "function_call_output":
                 call = {"role": "tool", "tool_call_id": item.get("call_id")}
                 said = content_of(f"input[{i}].output", item.get("output"))
                 messages.append({**call, "content": said})
-            case "reasoning":
-                pass  # thoughts of former answers are not given to the model again
             case kind:
                 raise invalid(f"input[{i}].type", kind, "is not supported")
     if not messages:
         raise invalid("input", body.input, "at least one message")
-    return messages
+    return [checked("input", message) for message in messages]
 
 
-def _add_call(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    """Calls of one answer are in one message."""
+def _answer_at_end(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the model thought, said and called is one message."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
-    function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-    call = {"id": item.get("call_id"), "type": "function", "function": function}
-    messages[-1].setdefault("tool_calls", []).append(call)
+    return messages[-1]
 
 
 def _tool(i: int, tool: dict[str, Any]) -> dict[str, Any]:

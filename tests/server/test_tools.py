@@ -16,6 +16,7 @@ from pyllamabatch.llama.chat import ChatPrompt
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import service
 from pyllamabatch.server.options import ServerOptions
+from pyllamabatch.server.responses import ResponsesBody, messages_of
 from pyllamabatch.server.tokens import n_within
 from tests.llama.test_chat import CALL, HERMES, USER, WEATHER
 from tests.support.served import SUM_CHAT, Served, serving
@@ -163,6 +164,49 @@ def test_a_template_without_tools_says_so(served: Served) -> None:
     assert served.ok(
         "/v1/chat/completions", {**SUM_CHAT, "tools": [WEATHER], "tool_choice": "none"}
     )
+
+
+def test_no_effort_is_no_thinking(embedded_model: Model) -> None:
+    """Any other one is the template's variable."""
+    template = HERMES + "{{ reasoning_effort | default('') }}"
+    with serving(embedded_model, ServerOptions(chat_template=template)) as served:
+
+        def prompt(**more: Any) -> str:
+            return str(served.ok("/apply-template", {"messages": [USER], **more})["prompt"])
+
+        own = prompt()
+        off = prompt(chat_template_kwargs={"enable_thinking": False})
+        assert off != own == prompt(reasoning_effort="")
+        assert prompt(reasoning_effort="none") == off
+        assert prompt(reasoning_effort="low") == own + "low"
+        vocab = embedded_model.vocab
+        for effort, text in (("none", off), ("low", own + "low")):
+            body = {"input": USER["content"], "reasoning": {"effort": effort}}
+            counted = served.ok("/v1/responses/input_tokens", body)["input_tokens"]
+            assert counted == len(vocab.tokenize(text, parse_special=True))
+
+
+def test_thoughts_of_former_items_go_to_the_template() -> None:
+    """What the model thought, said and called in one answer is one message."""
+    said = {"type": "message", "role": "assistant", "content": "I look."}
+    call = {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "a", "output": RESULT}
+    thoughts: dict[str, Any] = {"type": "reasoning", "summary": []}
+    mine = {**thoughts, "content": [{"type": "reasoning_text", "text": "Ask for it."}]}
+    whole = {"role": "assistant", "content": "I look.", "reasoning_content": "Ask for it."}
+    calls = [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    for items, answer in (
+        ([mine, said, call], {**whole, "tool_calls": calls}),
+        ([mine, call], {**whole, "content": None, "tool_calls": calls}),
+        ([mine], {**whole, "content": ""}),
+        (
+            [{**thoughts, "encrypted_content": "x"}, said],
+            {"role": "assistant", "content": "I look."},
+        ),
+    ):
+        body = ResponsesBody(input=[USER, *items, result])
+        asked, found, tool = messages_of(body)
+        assert (asked, found, tool["content"]) == (USER, answer, RESULT)
 
 
 def test_thinking_for_requests_that_do_not_say(embedded_model: Model) -> None:
