@@ -93,7 +93,10 @@ def measure(
                 continue
             running(f"{case.pl} × {arm.name}, repeat {repeat + 1} of {experiment.repeats}")
             moment = facts.now()
-            if not experiment.keep_loaded or any(c.pl != case.pl for _, c in loaded):
+            ended = any(
+                c.pl != case.pl for one, c in loaded if "single" not in (one.name, arm.name)
+            )
+            if ended or not experiment.keep_loaded:
                 stack.close()
                 loaded.clear()
             try:

@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Context, Model
+from pyllamabatch.compare import run
 from pyllamabatch.compare.arms import ARMS, threads_of
-from pyllamabatch.compare.case import Case, ModelFile, request_body
+from pyllamabatch.compare.case import Arm, Case, ModelFile, request_body
 from pyllamabatch.compare.child import ArmError, Child
 from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.completion import Client
@@ -43,6 +44,7 @@ from pyllamabatch.compare.workload import (
 )
 from pyllamabatch.models import default_model_path
 from pyllamabatch.raw import lib
+from pyllamabatch.report import facts
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
 from tests.support.decoding import likeliest
 from tests.support.made_up_rows import row
@@ -209,6 +211,36 @@ def test_arms_take_turns_and_single_runs_once() -> None:
     first = [(1 if name == "single" else 2, 0, name) for name in names]
     assert runs[:6] == first + [(pl, 1, name) for pl, _, name in first[::-1]]
     assert runs[6:] == [(4, 0, "contexts"), (4, 0, "engine"), (4, 1, "engine"), (4, 1, "contexts")]
+
+
+def test_arms_that_stay_loaded_are_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside `single`, which has one sequence."""
+    events: list[str] = []
+
+    class Opened:
+        def __init__(self, arm: Arm, case: Case, *_: Any) -> None:
+            self.name, self.pids = f"{arm.name} {case.pl}", [os.getpid()]
+            events.append(self.name)
+
+        def load(self) -> None: ...
+
+        def run(self, workload: Workload, limit_s: float) -> Timings:
+            times = [float(i + 1) for i in range(workload.tokens)]
+            return Timings(0.0, [RequestTimes(0.0, list(times)) for _ in workload.arrivals])
+
+        def close(self) -> None:
+            events.append(f"no {self.name}")
+
+    monkeypatch.setattr(run, "opened", Opened)
+    arms = [ARMS[name] for name in ("single", "contexts")]
+    cases = [case_of(2), case_of(4)]
+    experiment = Experiment("burst", arms, cases, tokens=7, repeats=3, keep_loaded=True)
+    about = facts.build("") | {"model_type": "", "model_size": 0, "model_n_params": 0}
+    assert len(list(run.measure(experiment, about))) == 9
+    assert events == [
+        *("single 1", "contexts 2", "no contexts 2", "no single 1"),
+        *("contexts 4", "no contexts 4"),
+    ]
 
 
 @pytest.mark.parametrize(
