@@ -163,9 +163,10 @@ def check(args: argparse.Namespace) -> list[str]:
         arms = [*(["contexts"] if args.gate else []), SCENARIOS[args.scenario]]
         arms = list(dict.fromkeys(arms))
         args.num_sequences, args.repeats = args.num_sequences or [2], args.repeats or 1
-    if "processes" in arms and find_spec("uvicorn") is None:
-        what = "the arm processes needs the extra compare: pip install 'pyllamabatch[compare]'"
-        raise UnsupportedOperation(what)
+    for arm, extra, module in (("processes", "compare", "uvicorn"), (ON_RAY.name, "ray", "ray")):
+        if arm in arms and find_spec(module) is None:
+            what = f"the arm {arm} needs the extra {extra}: pip install 'pyllamabatch[{extra}]'"
+            raise UnsupportedOperation(what)
     if args.total_memory and (sys.platform != "linux" or "processes" not in arms):
         raise ArgumentError("--total-memory", args.total_memory, "limits processes, on Linux")
     if POISSON in args.protocol and args.rate is None:

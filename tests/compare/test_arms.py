@@ -142,17 +142,17 @@ def test_threads_without_a_flag_are_those_of_a_context(
     assert [row.n_threads for row in read(out)] == [3]
 
 
-def test_an_extra_that_is_missing_is_named() -> None:
+@pytest.mark.parametrize(("arm", "extra"), [("processes", "compare"), ("replicas", "ray")])
+def test_an_extra_that_is_missing_is_named(arm: str, extra: str) -> None:
     code = (
-        "import sys; sys.modules |= dict.fromkeys(('fastapi', 'uvicorn', 'psutil'))\n"
+        "import sys; sys.modules |= dict.fromkeys(('fastapi', 'uvicorn', 'psutil', 'ray'))\n"
         "from pyllamabatch.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    asked = [sys.executable, "-c", code, "compare", "--arms", "processes"]
+    asked = [sys.executable, "-c", code, "compare", "--arms", arm]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "pyllamabatch: the arm processes needs the extra compare: "
-        "pip install 'pyllamabatch[compare]'"
+        f"pyllamabatch: the arm {arm} needs the extra {extra}: pip install 'pyllamabatch[{extra}]'"
     ]
 
 
