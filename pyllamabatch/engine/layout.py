@@ -95,7 +95,7 @@ def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) 
         raise ArgumentError("kv_unified", given, 'True (a pool), False (streams) or "auto"')
     trained = cells.n_ctx_train
     pool_cells = n_ctx or min(trained * n_seq_max, max(trained, N_CTX_AT_LEAST))
-    stream_cells = n_ctx // n_seq_max or min(trained, STREAM_CELLS)
+    stream_cells = max(n_ctx // n_seq_max, 1) if n_ctx else min(trained, STREAM_CELLS)
     copies = n_copies(n_seq_max, n_batch, unified=False)
     invariant = options.batch_invariant
     if invariant:
@@ -133,17 +133,21 @@ def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) 
 def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Layout:
     """The layout; and `params` becomes what a context with it is made with."""
     layout = choose_layout(cells, options, params)
-    n_seq_max, n_cells = options.n_seq_max, layout.n_ctx
+    n_seq_max, n_cells = options.n_seq_max, _padded(layout.n_ctx)
     n_slots = n_seq_max + layout.n_cached
-    if not layout.unified:  # libllama gives each stream a multiple of so many
-        each = -(-layout.n_ctx // n_seq_max // 256) * 256
+    if not layout.unified:
+        each = _padded(-(-layout.n_ctx // n_seq_max))
         n_cells = each * n_slots
-        pool = layout.pool if params["n_ctx"] else min(layout.pool, n_cells)
-        pool = -(-pool // 256) * 256
+        pool = _padded(layout.pool if params["n_ctx"] else min(layout.pool, n_cells))
         layout = replace(layout, pool=pool if pool > each else 0)
     params |= {"n_ctx": n_cells, "n_seq_max": n_slots, "kv_unified": layout.unified}
     params["n_batch"] = min(params["n_batch"], layout.pool or n_cells)
     return layout
+
+
+def _padded(n_cells: int) -> int:
+    """As libllama gives them to a stream and to a pool."""
+    return -(-n_cells // 256) * 256
 
 
 def n_draft_max(options: EngineOptions, can: Capabilities) -> int:

@@ -32,6 +32,9 @@ def prompt(n: int, seed: int = 0) -> list[int]:
         ({"n_ctx": 512, "kv_unified": False}, False, 512, "asked for"),
         ({"n_seq_max": 32, "kv_unified": True}, True, 16384, "asked for"),
         ({"n_seq_max": 1}, True, 2048, "one sequence"),
+        ({"n_seq_max": 16, "n_ctx": 10}, True, 256, "a stream would have 1 cells"),
+        ({"n_seq_max": 16, "n_ctx": 10, "kv_unified": False}, False, 16 * 256, "asked for"),
+        ({"n_seq_max": 16, "n_ctx": 16}, True, 256, "a stream would have 1 cells"),
     ],
 )
 def test_streams_where_their_cells_suffice(
