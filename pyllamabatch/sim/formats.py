@@ -46,11 +46,15 @@ def load_trace(
         raise ArgumentError("requests", n, "at least 1")
     if rate is not None and not 0 < rate < 1e9:
         raise ArgumentError("rate", rate, "requests a second, more than 0")
+    if seed < 0:
+        raise ArgumentError("seed", seed, "at least 0")
     if spec.partition(":")[0] in DRAWN:
         if rate is not None:
             raise ArgumentError("rate", rate, "an option of the trace: poisson:rate=…")
         return draw(spec, seed)[:n]
     path, requests, lines = Path(spec), list[TraceRequest](), _Lines()
+    if path.suffix not in (".csv", ".jsonl", ".json"):
+        raise ArgumentError("trace", spec, f"a .csv, .jsonl, .json, or {', '.join(DRAWN)}")
     items: Iterable[Any]
     read: Callable[[Any], list[TraceRequest]]
     try:
@@ -59,13 +63,11 @@ def load_trace(
                 items, first, read = csv.DictReader(file), 2, lines.azure
             elif path.suffix == ".jsonl":
                 items, first, read = file, 1, lines.mooncake
-            elif path.suffix == ".json":
+            else:
                 talks = _Talks(count, rate or 1.0, seed)
                 items, first, read = json.load(file), 1, talks.sharegpt
                 if not isinstance(items, list):
                     raise ArgumentError("trace", spec, "a list of conversations")
-            else:
-                raise ArgumentError("trace", spec, f"a .csv, .jsonl, .json, or {', '.join(DRAWN)}")
             for number, item in enumerate(items, first):
                 try:
                     requests += read(item)

@@ -160,6 +160,7 @@ def test_the_engine_is_the_live_one_of_these_options(
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
         ([*PROFILE, *TRACE, "-b", "8"], "n_batch=8: must be in 16.."),
         ([*PROFILE, *TRACE, "--latency", "inf"], "latency"),
+        ([*PROFILE, *TRACE, "--seed", "-1"], "seed=-1: at least 0"),
         ([*PROFILE, *TRACE, "--steps", "x", "--policy", "fcfs,sarathi"], "one policy"),
         ([*PROFILE, *TRACE, "--steps", "x", "--replicas", "2"], "one replica"),
     ],

@@ -98,6 +98,7 @@ TEN = '{"timestamp": 0, "input_length": 10, "output_length": 5'
         ("a.csv", f'{HEAD}"{"9" * 140_000}",5,5\n', "field larger"),
         ("a.txt", "", "a .csv"),
         ("none.csv", None, "No such file"),
+        ("poison:rate=4", None, "or poisson, gamma, closed"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str | None, says: str) -> None:
