@@ -7,8 +7,10 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module, metadata
 from io import TextIOWrapper
+from typing import NoReturn
 
 from pyllamabatch.cli.console import say
 from pyllamabatch.errors import ArgumentError, PyllamabatchError
@@ -44,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(build_parser(os.environ["COMP_LINE"].split()))
-    args = build_parser(words).parse_args(words)
-    if args.verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
+        args = parse(words)
+        if args.verbose:
+            logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
         with sigterm_as_ctrl_c():
             status: int = args.run(args)
             sys.stdout.flush()
@@ -73,11 +75,27 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of `serve` takes 26."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (--help lists what there is)\n")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command's `run` and its arguments. SystemExit for what is wrong, with a line of it."""
+    args, unknown = build_parser(words).parse_known_args(words)
+    command: Parser = vars(args).pop("parser")
+    if unknown:
+        known = command._option_string_actions
+        near = get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.7)
+        command.error(f"unknown: {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
+    return args
+
+
+def build_parser(words: Sequence[str]) -> Parser:
     """The parser of these words: only the command that they name is imported."""
-    parser = argparse.ArgumentParser(
-        prog="pyllamabatch", description="Many sequences in one llama.cpp context."
-    )
+    parser = Parser(prog="pyllamabatch", description="Many sequences in one llama.cpp context.")
     parser.add_argument(
         "--version", action="version", version=f"pyllamabatch {metadata.version('pyllamabatch')}"
     )
@@ -91,5 +109,5 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             sub.description = command.__doc__
             command.add_arguments(sub)
             sub.add_argument("--verbose", action="store_true", help="show what llama.cpp logs")
-            sub.set_defaults(run=command.run)
+            sub.set_defaults(run=command.run, parser=sub)
     return parser

@@ -1,6 +1,7 @@
 """`pyllamabatch info` and `--version`."""
 
 import json
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -74,3 +75,21 @@ def test_help(args: list[str], encoding: str) -> None:
     assert done.returncode == 0
     assert "pyllamabatch" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "pyllamabatch: .*COMMAND"),
+        ("gen", "pyllamabatch: .*'generate'"),
+        ("serve --port 99999", "pyllamabatch serve: .*--port: 99999 is not 0 to 65535"),
+        ("serve --n_ctx=5", "pyllamabatch serve: unknown: --n_ctx=5, did you mean --n-ctx?"),
+        ("info nonsense", "pyllamabatch info: unknown: nonsense"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(words: str, says: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(says, said)
