@@ -20,7 +20,8 @@ from .errors import ApiError, invalid
 IGNORED = frozenset({
     # OpenAI's
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity",
+    "prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity", "client_metadata",
+    "access_programs",
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics", "user_profile_id",
     "workspace_id", "context_management",
@@ -218,11 +219,13 @@ class ResponseFormat(Body):
 
 
 class StreamOptions(Body):
-    """`continuous_usage_stats`: vLLM's, each event has the counts so far."""
+    """`continuous_usage_stats`: vLLM's, each event has the counts so far. The last two say nothing
+    here."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+    reasoning_summary_delivery: str = ""
 
 
 class SamplingBody(Body):

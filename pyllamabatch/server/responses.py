@@ -116,8 +116,7 @@ async def _read_turn(service: Service, body: ResponsesBody) -> Turn:
 def options_of(body: ResponsesBody) -> ChatOptions:
     options: ChatOptions = {"tool_choice": _choice(body.tool_choice)}
     options["json_schema"] = body.schema_wanted()
-    if body.tools:
-        options["tools"] = [_tool(i, tool) for i, tool in enumerate(body.tools)]
+    options["tools"] = _functions(body.tools or ())
     if body.parallel_tool_calls is not None:
         options["parallel_tool_calls"] = body.parallel_tool_calls
     if body.reasoning and body.reasoning.get("effort"):
@@ -169,12 +168,19 @@ def _answer_at_end(messages: list[dict[str, Any]]) -> dict[str, Any]:
     return messages[-1]
 
 
-def _tool(i: int, tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise invalid(f"tools[{i}].type", tool.get("type"), "must be function")
+def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools of other types run at OpenAI, or have no JSON schema. Codex always sends some: they are
+    left out, as in llama-server."""
+    found: list[dict[str, Any]] = []
     names = ("name", "description", "parameters", "strict")
-    function = {name: tool[name] for name in names if tool.get(name) is not None}
-    return {"type": "function", "function": function}
+    for i, tool in enumerate(tools):
+        kind = tool.get("type")
+        if not isinstance(kind, str):
+            raise invalid(f"tools[{i}].type", kind, "must be a text, as function")
+        if kind == "function":
+            function = {name: tool[name] for name in names if tool.get(name) is not None}
+            found.append({"type": "function", "function": function})
+    return found
 
 
 def _choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:

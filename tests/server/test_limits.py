@@ -79,8 +79,9 @@ def nested(levels: int) -> Any:
         (CHAT, {"lora": {"a": "much"}}, "lora.a"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": SUM, "tools": [
-            {"type": "function", "name": "a"}, {"type": "web_search"}]}, "tools[1].type"),
-        ("/v1/responses", {"input": SUM, "tool_choice": {"type": "web_search"}}, "tool_choice"),
+            {"type": "function", "name": "a"}, {"name": "b"}]}, "tools[1].type"),
+        ("/v1/responses", {"input": SUM, "tools": [{"type": "web_search"}],
+         "tool_choice": {"type": "web_search"}}, "tool_choice"),
         (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
          "messages[0].content"),
     ],

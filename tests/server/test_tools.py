@@ -108,6 +108,24 @@ def test_responses(client: openai.OpenAI) -> None:
     assert again.output_text == "Yes."
 
 
+def test_what_codex_sends_hinders_nothing(hermes: Served) -> None:
+    tools: list[Any] = [{"type": "custom", "name": "apply_patch"}, {"type": "web_search"}]
+    function = {"type": "function", **FUNCTION}
+    body = {
+        "model": "m", "input": [{"type": "message", **USER}], "tools": [*tools, function],
+        "tool_choice": "auto", "parallel_tool_calls": False, "store": False, **FORCED,
+        "reasoning": {"effort": "medium", "summary": "auto"}, "text": {"verbosity": "low"},
+        "include": ["reasoning.encrypted_content"], "prompt_cache_key": "a",
+        "client_metadata": {"session_id": "a"}, "access_programs": [],
+        "stream_options": {"reasoning_summary_delivery": "sequential_cutoff"},
+    }  # fmt: skip
+    *_, last = hermes.events("/v1/responses", body)
+    assert last["response"]["output"][2]["name"] == "weather"
+    path = "/v1/responses/input_tokens"
+    assert hermes.ok(path, body) == hermes.ok(path, {**body, "tools": [function]})
+    assert hermes.ok(path, {**body, "tools": tools}) == hermes.ok(path, {**body, "tools": []})
+
+
 def test_messages(hermes: Served) -> None:
     tool = {"name": "weather", "input_schema": FUNCTION["parameters"]}
     asked: dict[str, Any] = {"model": "m", "max_tokens": 300, "messages": [USER], "tools": [tool]}
