@@ -300,8 +300,10 @@ class Scheduler:
         if self._outgrown:
             return self._become_pool(self.cost)
         sequences = self.sequences
-        sequences.now, self.idle_sequences.ready_at = now, None
-        preempted = self._preempt_idle()
+        sequences.now = now
+        if preempted := self._preempt_idle():
+            return Step(NO_SLOTS, (), preempted, (), 0, {}, kv_operations=self.take_kv_operations())
+        self.idle_sequences.ready_at = None
         self.admission.cache.make_checkpoints()
         sequences.refresh()
         if self.drafting is not None:
@@ -310,10 +312,9 @@ class Scheduler:
         plan, rows = check_plan(self.policy.plan(view), view)
         nothing = not (rows.n_decodes or rows.others or plan.preempt)
         self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)
-        if nothing and not preempted:
+        if nothing:
             return self._without_rows()
-        if plan.preempt:
-            preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
+        preempted = tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
         moved, admitted = self._admit(rows) if rows.others else ((), ())
         step = self._builder.build(plan, rows, preempted, admitted, moved)
         if self.drafting is not None:

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.errors import RequestTooLong
+from pyllamabatch.errors import PlanError, RequestTooLong
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import Limits, Scheduler, StepView, Window
+from pyllamabatch.scheduler import (
+    ComposedPolicy,
+    Limits,
+    Plan,
+    Scheduler,
+    StepView,
+    Window,
+    prefill_first,
+    static,
+)
 from pyllamabatch.scheduler.deadlines import Deadlines
 from tests.support.scheduler_machine import Machine
 
@@ -155,9 +164,8 @@ def test_which_is_idle_too_long_is_preempted_and_comes_back() -> None:
     machine.add_interactive(5, 10)
     assert scheduler.plan(machine.now) is None  # no slot
     assert 0 < scheduler.hold(machine.now) < 5
-    step = machine.next_step()
-    assert [id for id, _ in step.preempted] == [1]
-    assert [id for id, _ in step.admitted] == [5]
+    assert [id for id, _ in machine.next_step().preempted] == [1]
+    assert [id for id, _ in machine.next_step().admitted] == [5]
     machine.run()
     assert scheduler.idle  # 1 wants nothing
     machine.remove(2)
@@ -165,6 +173,43 @@ def test_which_is_idle_too_long_is_preempted_and_comes_back() -> None:
     machine.run()
     assert machine.generated[1] == 1
     assert scheduler.counters.recomputed_rows == 9
+
+
+def test_a_bad_plan_changes_nothing_where_one_is_idle_too_long() -> None:
+    """What is idle too long is preempted by a step of its own, and that is told."""
+
+    class Forgets:
+        def plan(self, view: StepView) -> Plan:
+            return Plan() if len(view.running) == 1 else Plan({9: 1})
+
+    machine = Machine(replace(LIMITS, n_seq_max=1), patience=0.1)
+    machine.add_interactive(1, 10)
+    machine.run()
+    machine.add(2, 10, 5)
+    machine.scheduler.policy = Forgets()
+    step = machine.next_step()
+    assert (step.preempted, step.n_rows) == (((1, 0),), 0)
+    with pytest.raises(PlanError, match="known-sequence"):
+        machine.step()
+    machine.check()
+
+
+@pytest.mark.parametrize("policy", [prefill_first(), static()])
+def test_first_tokens_where_no_cell_is_left(policy: ComposedPolicy) -> None:
+    """Prompts go first, and the first of them takes the cells of the other one."""
+    machine = Machine(replace(LIMITS, n_cells=19, n_cells_seq=19), policy)
+    for id, n in ((1, 8), (2, 10)):
+        machine.add_interactive(id, n)
+    machine.run()
+    machine.extend(1, 3)
+    machine.run()
+    assert machine.scheduler.view(0.0).kv.free == 0
+    for id in (1, 2):
+        machine.scheduler.interactive.ask(id)
+    assert machine.next_step().preempted == ((2, 1),)
+    machine.remove(1)
+    machine.run()
+    assert machine.generated == {1: 1, 2: 1}
 
 
 def test_requests_are_not_interactive() -> None:

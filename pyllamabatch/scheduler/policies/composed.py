@@ -1,6 +1,6 @@
 """ComposedPolicy: a policy of parts, each of which can be replaced alone."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import cast
 
@@ -92,20 +92,20 @@ class ComposedPolicy:
         if n <= builder.rows and n <= builder.cells and not builder.preempt:
             builder.give_all_decodes()
             return
-        for seq in builder.view.running:
-            if builder.rows < 1:
-                break
-            if seq.decoding and seq.id not in builder.preempt:
-                self._advance(builder, seq)
+        self._decode_each(builder, builder.view.running)
 
     def _end_prompts(self, builder: PlanBuilder) -> None:
         """Of those that decode, the ones whose prompt has one token left."""
         running, decoding = builder.view.running, builder.view.decoding
         new = running.column("id")[running.column("generated") == 0].tolist()
-        if not any(id in decoding for id in new):
-            return
+        if any(id in decoding for id in new):
+            self._decode_each(builder, (seq for seq in running if not seq.generated))
+
+    def _decode_each(self, builder: PlanBuilder, running: Iterable[SequenceView]) -> None:
         for seq in running:
-            if seq.decoding and not seq.generated and builder.rows:
+            if builder.rows < 1:
+                break
+            if seq.decoding and seq.id not in builder.preempt:
                 self._advance(builder, seq)
 
     def _advance_others(self, builder: PlanBuilder) -> PlanBuilder:
