@@ -158,20 +158,19 @@ class Profile:
     def from_json(cls, text: str, name: str = "profile") -> Profile:
         """Raises `ProfileError` for what is not a profile of this schema."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_no_number)
             schema, columns, rows = (data.pop(part) for part in ("schema", "fields", "samples"))
             if schema != SCHEMA:
                 raise ProfileError(name, f"schema {schema}, this version reads {SCHEMA}")
             samples = tuple(Sample(**dict(zip(columns, row, strict=True))) for row in rows)
-            for sample in samples:
-                if not (sample.seconds > 0 and 0 <= sample.prefill <= sample.rows > 0):
-                    raise ValueError(f"no such step: {sample}")
             key = Key(**data.pop("key"))
             # An older file has neither tiles nor computes_masked.
             known = {"tiles": (), "computes_masked": is_cuda(key.backend), **data.pop("kernels")}
             known["regimes"] = tuple(Regime(**regime) for regime in known["regimes"])
             known["tiles"] = tuple(known["tiles"])
-            return cls(key, Kernels(**known), samples, **data)
+            profile = cls(key, Kernels(**known), samples, **data)
+            _check(profile)
+            return profile
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(name, f"{type(error).__name__}: {error}") from None
 
@@ -189,6 +188,30 @@ class Profile:
         except (OSError, UnicodeDecodeError) as error:
             raise ProfileError(os.fspath(path), str(error)) from None
         return cls.from_json(text, os.fspath(path))
+
+
+def _check(profile: Profile) -> None:
+    """Raise ValueError or TypeError for numbers that no fit can take."""
+    known, context = profile.kernels, profile.key.context
+    first = [regime.first for regime in known.regimes]
+    tiles = [*known.tiles, *(regime.tile for regime in known.regimes)]
+    if not (first[:1] == [1] and first == sorted({*first}) and min(tiles) >= 1):
+        raise ValueError(f"no such kernels: {known}")
+    if min(profile.n_ubatch, known.attention_from) < 1 or not isinstance(context, dict):
+        raise ValueError(f"no such n_ubatch, attention_from or context: {profile.key}")
+    if not 0 <= profile.output_share <= 1 or profile.n_swa < 0:
+        raise ValueError(f"output_share {profile.output_share}, n_swa {profile.n_swa}")
+    if not 0 <= profile.n_expert_used <= profile.n_expert:
+        raise ValueError(f"{profile.n_expert_used} experts of {profile.n_expert}")
+    for s in profile.samples:
+        if not (s.seconds > 0 and 0 <= s.prefill <= s.rows > 0 < s.n_seqs):
+            raise ValueError(f"no such step: {s}")
+        if min(s.kv, s.spread, s.n) < 0:
+            raise ValueError(f"no such step: {s}")
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def profile_folder() -> Path:

@@ -142,6 +142,13 @@ def test_round_trip(cache: Path) -> None:
         ("[1, 0, 10", "[1, 5, 10"),
         ("[1, 0, 10", "[0, 10"),
         ('"first": 1', '"last": 1'),
+        ('"first": 1', '"first": 9'),
+        ('"tile": 1', '"tile": 0'),
+        ('"context": {}', '"context": null'),
+        ('"n_ubatch": 512', '"n_ubatch": -1'),  # a fit of it would never end
+        ("0.02,", "Infinity,"),
+        ("[1, 0, 10, 1", "[1, 0, -10, 1"),
+        ("[1, 0, 10, 1", "[1, 0, 10, 0"),
         ("{", "["),
     ],
 )
