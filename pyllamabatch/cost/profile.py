@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pyllamabatch.models.cache import cache_folder
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "profiles"
+_THREADS_APART = 2  # doublings: an engine corrects a fit by a factor of four
+_SHARES_APART = 0.1  # of the weights, on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,17 @@ class Key:
     model: str
     context: Mapping[str, int | str] = field(default_factory=dict)
 
-    def distance(self, other: Key) -> int | None:
-        """0 for the same; more where context parameters differ; None: of no use."""
+    def distance(self, other: Key) -> float | None:
+        """0 for the same; more where context parameters differ, and the more, the more threads one
+        has; None: of no use."""
         if (self.device, self.backend, self.model) != (other.device, other.backend, other.model):
             return None
-        names = {*self.context, *other.context}
-        return sum(self.context.get(name) != other.context.get(name) for name in names)
+        mine, theirs = self.context, other.context
+        more = abs(log2(int(mine.get("n_threads", 1)) / int(theirs.get("n_threads", 1))))
+        apart = abs(float(mine.get("on_device", 1)) - float(theirs.get("on_device", 1)))
+        if more > _THREADS_APART or apart > _SHARES_APART:
+            return None
+        return more + sum(mine.get(name) != theirs.get(name) for name in {*mine, *theirs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +200,12 @@ class Profile:
 
 def _check(profile: Profile) -> None:
     """Raise ValueError or TypeError for numbers that no fit can take."""
-    known, context = profile.kernels, profile.key.context
+    known = profile.kernels
     first = [regime.first for regime in known.regimes]
     tiles = [*known.tiles, *(regime.tile for regime in known.regimes)]
     if not (first[:1] == [1] and first == sorted({*first}) and min(tiles) >= 1):
         raise ValueError(f"no such kernels: {known}")
-    if min(profile.n_ubatch, known.attention_from) < 1 or not isinstance(context, dict):
+    if min(profile.n_ubatch, known.attention_from) < 1 or profile.key.distance(profile.key):
         raise ValueError(f"no such n_ubatch, attention_from or context: {profile.key}")
     if not 0 <= profile.output_share <= 1 or profile.n_swa < 0:
         raise ValueError(f"output_share {profile.output_share}, n_swa {profile.n_swa}")
@@ -227,9 +235,9 @@ def file_name(key: Key) -> str:
 
 
 def find_profile(key: Key) -> Profile | None:
-    """The profile with the fewest context parameters that differ; saved ones before shipped ones.
-    None where device, backend or model are unknown. Unreadable files are passed over."""
-    best: tuple[int, Profile] | None = None
+    """The profile at the least `Key.distance`; saved ones before shipped ones. None where there is
+    none. Unreadable files are passed over."""
+    best: tuple[float, Profile] | None = None
     for profile in _stored(key.model):
         distance = profile.key.distance(key)
         if distance is not None and (best is None or distance < best[0]):

@@ -25,8 +25,8 @@ _SAMPLING = SamplingParams(max_tokens=2**30, ignore_eog=True, seed=1)
 
 
 class Took(NamedTuple):
-    """One step. disturbed: the CPU's threads, which never sleep within a step, did not have the
-    cores all the time. new: graphs that libllama had to make for it."""
+    """One step. disturbed: the CPU's threads, which never sleep within a step that no device has a
+    part in, did not have the cores all the time. new: graphs that libllama had to make for it."""
 
     seconds: float
     disturbed: bool
@@ -35,8 +35,7 @@ class Took(NamedTuple):
 
 class Rig(Owner):
     """One context and stepper. Times are those of the native step: build, decode, wait, sample
-    (with the default sampling parameters), in seconds. n_threads: of the CPU that compute; 0 where
-    a device does."""
+    (with the default sampling parameters), in seconds. n_threads: see `where.threads_of`."""
 
     def __init__(self, model: Model, *, n_seq_max: int, n_ctx: int, **context_params: Any) -> None:
         self.context = Context(
@@ -60,9 +59,10 @@ class Rig(Owner):
         self._states: dict[int, bytes] = {}  # of a sequence, by depth
         self._seconds_per_token = 0.0
         self._n_reused = 0  # graphs, so far
-        device, share = where.device_of(self.context)
-        on_cpu = device.kind == "cpu" or share < where.WHOLE
-        self.n_threads = self.context.n_threads if on_cpu else 0
+        self.n_threads = where.threads_of(self.context)
+        # Beside a device they wait for it.
+        whole = where.shares_of(self.context).get("", 0.0) >= where.WHOLE
+        self._n_awake = self.n_threads if whole else 0
         for seq in range(n_seq_max):
             self.stepper.set_slot(seq, _SAMPLING)
 
@@ -162,7 +162,7 @@ class Rig(Owner):
         n_reused = int(took["n_reused"]) - self._n_reused
         self._n_reused += n_reused
         new = max(0, -(-n_rows // self.context.n_ubatch) - n_reused)
-        return Took(seconds, cpu < _UNDISTURBED * wall * self.n_threads, new)
+        return Took(seconds, cpu < _UNDISTURBED * wall * self._n_awake, new)
 
     def _undo(self, sizes: list[int], depth: int) -> None:
         """Take the rows of a step away; where the memory can't (recurrent states, a window that has

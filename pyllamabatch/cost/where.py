@@ -114,6 +114,11 @@ def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
     return device, shares[name]
 
 
+def threads_of(context: Context) -> int:
+    """Threads of the CPU that compute; 0 where devices hold all layers."""
+    return context.n_threads if shares_of(context).get("", 0.0) > 1 - WHOLE else 0
+
+
 def file_type(model: Model) -> str:
     """The type of most weights, as the file itself says it: "Q4_K", "F16" where it does not."""
     numbers = ffi.typeof("enum llama_ftype").relements
@@ -131,8 +136,8 @@ def key_of(context: Context) -> Key:
         name: runtime.text(lib.ggml_type_name(params[name])) for name in ("type_k", "type_v")
     }
     settings |= {"n_ubatch": context.n_ubatch, "flash_attn": int(params["flash_attn_type"])}
-    if device.kind == "cpu" or share < WHOLE:
-        settings["n_threads"] = context.n_threads
+    if n_threads := threads_of(context):
+        settings["n_threads"] = n_threads
     if share < WHOLE:
         settings["on_device"] = f"{share:.2f}"
     return Key(device.description, device.backend, fingerprint(context.model), settings)

@@ -1,6 +1,8 @@
 """What a profile is matched by, and the profiles' files."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,16 @@ from pyllamabatch.cost.choose import cost_of
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.prior import CPU, GPU
-from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
+from pyllamabatch.cost.profile import (
+    Key,
+    Profile,
+    Sample,
+    Shape,
+    file_name,
+    find_profile,
+    profile_folder,
+)
+from pyllamabatch.cost.rig import Rig
 from pyllamabatch.errors import ProfileError
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
@@ -63,24 +74,32 @@ def test_a_prior_knows_the_experts() -> None:
         assert prior.terms.experts(2) == 7 / 16
 
 
-def test_a_prior_of_layers_on_two_devices_has_the_time_of_both(
-    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    devices = runtime.devices()
+@pytest.fixture
+def held_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Whose parts of the weights contexts seem to have: of two GPUs, and of the CPU."""
     gpu = runtime.BackendDevice("GPU0", "A card", "gpu", "CUDA", 0, 0)
-    others = {"GPU0": gpu, "GPU1": gpu._replace(name="GPU1")}
-    monkeypatch.setattr(runtime, "devices", lambda: {**devices, **others})
+    devices = runtime.devices() | {"GPU0": gpu, "GPU1": gpu._replace(name="GPU1")}
+
+    def hold(gpu0: int, gpu1: int, cpu: int, inputs: int) -> None:
+        held = {"GPU0": gpu0, "GPU1": gpu1, "CPU": cpu}
+        parts = [
+            Part(name, name, name == "CPU", 1000 * n + inputs * (name == "CPU"), 0, 0)
+            for name, n in held.items()
+        ]
+        monkeypatch.setattr(runtime, "devices", lambda: devices)
+        monkeypatch.setattr(where, "memory_parts", lambda _: parts)
+
+    return hold
+
+
+def test_a_prior_of_layers_on_two_devices_has_the_time_of_both(
+    tiny_llama_path: Path, held_by: Callable[..., None]
+) -> None:
     with Model(tiny_llama_path) as model, Context(model, n_ctx=64, n_threads=2) as context:
         inputs = where.weigh(model).input_bytes
 
-        def priced(gpu0: int, gpu1: int, cpu: int) -> CostModel:
-            """Each number is a part of the weights."""
-            held = {"GPU0": gpu0, "GPU1": gpu1, "CPU": cpu}
-            parts = [
-                Part(name, name, name == "CPU", 1000 * n + inputs * (name == "CPU"), 0, 0)
-                for name, n in held.items()
-            ]
-            monkeypatch.setattr(where, "memory_parts", lambda _: parts)
+        def priced(*parts: int) -> CostModel:
+            held_by(*parts, inputs)
             assert where.key_of(context).backend == "CUDA"
             return cost_of(context, unified=True)
 
@@ -90,6 +109,29 @@ def test_a_prior_of_layers_on_two_devices_has_the_time_of_both(
         assert part.coefficients["output"] / whole.coefficients["output"] == pytest.approx(slower)
         slower = (3 * GPU.layer + CPU.layer) / (4 * GPU.layer)
         assert part.coefficients["base"] / whole.coefficients["base"] == pytest.approx(slower)
+
+
+@pytest.mark.parametrize(
+    ("parts", "n_threads", "disturbed"),
+    [((4, 0, 0), 0, False), ((2, 2, 0), 0, False), ((3, 0, 1), 2, False), ((0, 0, 4), 2, True)],
+)
+def test_threads_are_awake_all_the_time_where_the_cpu_alone_computes(
+    tiny_llama_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_by: Callable[..., None],
+    parts: tuple[int, int, int],
+    n_threads: int,
+    disturbed: bool,
+) -> None:
+    """Where a device has its part they wait for it, and none compute for two GPUs: a step is
+    disturbed by neither."""
+    monkeypatch.setattr("pyllamabatch.cost.rig._UNDISTURBED", inf)
+    with Model(tiny_llama_path) as model:
+        held_by(*parts, where.weigh(model).input_bytes)
+        with Rig(model, n_seq_max=1, n_ctx=256, n_threads=2) as rig:
+            assert where.key_of(rig.context).context.get("n_threads", 0) == n_threads
+            assert rig.n_threads == n_threads
+            assert [took.disturbed for took in rig.time(Shape(1), 2)] == [disturbed] * 2
 
 
 def test_key(tiny_llama_path: Path) -> None:
@@ -106,8 +148,12 @@ def test_key(tiny_llama_path: Path) -> None:
 def test_distance() -> None:
     key = Key("device", "CPU", "model", {"n_threads": 2, "type_k": "f16"})
     assert key.distance(key) == 0
-    assert key.distance(replace(key, context={"n_threads": 1, "type_k": "f16"})) == 1
-    assert key.distance(replace(key, context={})) == 2
+    assert key.distance(replace(key, context={"n_threads": 1, "type_k": "f16"})) == 2
+    assert key.distance(replace(key, context={"n_threads": 2, "type_k": "q8_0"})) == 1
+    assert key.distance(replace(key, context={"n_threads": 16, "type_k": "f16"})) is None
+    part = replace(key, context={**key.context, "on_device": "0.60"})
+    assert key.distance(part) is None
+    assert part.distance(replace(key, context={**key.context, "on_device": "0.63"})) == 1
     assert key.distance(replace(key, device="other")) is None
     assert key.distance(replace(key, model="other")) is None
 
@@ -123,6 +169,11 @@ def test_nearest_profile_is_found(cache: Path) -> None:
     near.save(profile_folder() / file_name(key))
     assert find_profile(key) == near
     assert find_profile(replace(key, model="fedcba9876543210")) is None
+    # 7 threads are nearer to 8 than to 2, and 64 are near to none of these
+    many = profile(replace(key, context={"n_threads": 8}))
+    many.save(profile_folder() / file_name(many.key))
+    assert find_profile(replace(key, context={"n_threads": 7})) == many
+    assert find_profile(replace(key, context={"n_threads": 64})) is None
 
 
 def test_round_trip(cache: Path) -> None:
