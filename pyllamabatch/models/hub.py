@@ -24,7 +24,7 @@ def hub_file(repository: str, *, token: str | None = None, endpoint: str | None 
     """The path of a model's file, or of the first one of a split model, downloaded when it is not
     in the cache.
 
-    `repository`: "owner/name", or "owner/name:quant" for the files with that word in their names.
+    `repository`: "owner/name", or "owner/name:quant" for the files whose names end with it.
     Raises `ArgumentError` for another form and for a quant that is not there (it names those that
     are), `DownloadError` when there is no such repository, no access, or no network."""
     try:
@@ -86,7 +86,7 @@ def choose(repository: str, listed: Iterable[str], quant: str = "") -> list[str]
 
 def quant_of(file: str) -> str:
     """The quant in a file's name, as "Q4_K_M"; the name where it has none."""
-    stem = _PART.sub("", Path(file).name).removesuffix(".gguf")
+    stem = _stem(file)
     found = re.search(r"(?:^|[-._])((?:I?Q\d|F16|F32|BF16|MXFP4|TQ\d)[0-9A-Z_]*)$", stem.upper())
     return found[1] if found else stem
 
@@ -94,4 +94,9 @@ def quant_of(file: str) -> str:
 def _with(word: str, files: list[str]) -> list[str]:
     if not word:
         return files
-    return [file for file in files if quant_of(file) == word.upper()]
+    word = word.upper()  # UD-Q4_K_XL, say, of which the quant is Q4_K_XL
+    return [f for f in files if quant_of(f) == word or f"-{_stem(f)}".upper().endswith(f"-{word}")]
+
+
+def _stem(file: str) -> str:
+    return _PART.sub("", Path(file).name).removesuffix(".gguf")

@@ -160,6 +160,8 @@ def test_which_file_is_taken() -> None:
     assert choose("r", LISTED) == ["m-Q4_K_M.gguf"]
     assert choose("r", LISTED, "q5_k_s") == ["m-Q5_K_S.gguf"]
     assert choose("r", LISTED, "Q8_0") == SPLIT
+    both = ["m-Q4_K_XL.gguf", "m-UD-Q4_K_XL.gguf"]
+    assert [choose("r", both, word) for word in ("Q4_K_XL", "UD-Q4_K_XL")] == [[m] for m in both]
     assert choose("r", ["sub/x.gguf"]) == ["sub/x.gguf"]
     assert choose("r", ["m.F16.gguf", "m.Q8_0.gguf"]) == ["m.Q8_0.gguf"]
     for given, named in (("Q4_KM", "did you mean Q4_K_M"), ("zzz", "it has Q4_K_M, Q5_K_S, Q8_0")):
