@@ -55,15 +55,17 @@ def show(table: Table) -> None:
     console.print(shown)
 
 
-def live_console(*, plain: bool = False, stderr: bool = True) -> Console | None:
-    """A rich console where there is a terminal to draw on and rich is installed, else None."""
+def live_console(*, plain: bool = False, stderr: bool = True, hint: bool = True) -> Console | None:
+    """A rich console where there is a terminal to draw on and rich is installed, else None.
+    hint: say that rich is missing."""
     stream = sys.stderr if stderr else sys.stdout
     if plain or not stream.isatty():
         return None
     try:
         from rich.console import Console
     except ImportError:
-        say(_MISSING, sys.stderr)
+        if hint:
+            say(_MISSING, sys.stderr)
         return None
     console = Console(stderr=stderr)
     return console if console.is_terminal and not console.is_dumb_terminal else None
@@ -86,7 +88,7 @@ class ProgressBar:
         keep: leave the bar on the terminal at the end."""
         self._title, self._total, self._quiet = title, total, quiet
         self._shown = time.monotonic()
-        console = None if quiet else live_console()
+        console = None if quiet else live_console(hint=keep)  # once a command
         self._bar = None
         if console is not None:
             from rich import progress as rich

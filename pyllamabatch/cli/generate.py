@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
             engine = _engine(args, model, stack)  # before the rows are lost: it may be refused
             results.clear()
         n_lines = _count_lines(args.prompts)
-        progress = stack.enter_context(ProgressBar("generate", n_lines, quiet=args.quiet))
+        quiet = args.quiet or (args.out == "-" and sys.stdout.isatty())  # rows are the progress
+        progress = stack.enter_context(ProgressBar("generate", n_lines, quiet=quiet))
         notes = Notes(progress, results, args.prompts)
         batch = BatchFile(
             read_lines(lines, ignore_unknown=args.ignore_unknown), results, requests.key,

@@ -225,6 +225,24 @@ def test_a_row_that_comes_before_the_clock_ticks(
     assert not notes.problems
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_rows_on_a_terminal_have_no_bar_among_them(
+    terminal: bool, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    quiet = []
+
+    def bar(title: str, total: float, **options: Any) -> ProgressBar:
+        quiet.append(options["quiet"])
+        return ProgressBar(title, total, **options)
+
+    files.write(make_lines(1))
+    monkeypatch.setattr("pyllamabatch.cli.generate.ProgressBar", bar)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert files.run("-n", 1, "--out", "-") == 0
+    assert quiet == [terminal]
+    assert json.loads(capsys.readouterr().out)["n_generated"] == 1
+
+
 def test_messages_are_read_as_a_chat_reads_them(files: Files) -> None:
     parts = [{"type": "text", "text": text} for text in ("one", "two")]
     good = {"role": "user", "content": parts}

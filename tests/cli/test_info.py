@@ -77,6 +77,15 @@ def test_help(args: list[str], encoding: str) -> None:
     assert done.stderr == ""
 
 
+def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def import_module(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyllamabatch.cli.command.import_module", import_module)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "pyllamabatch: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
