@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from ..engine.chat import with_prompt
@@ -74,6 +75,7 @@ class Service:
             self.embedder = Embedder(model, "rank" if options.rerank else options.pooling)
         self.default_lora: dict[str, float] = {}
         self.created = self.now()
+        self.id = uuid4().hex
         self.fingerprint = f"{runtime.text(lib.plb_llama_cpp_build())}-pyllamabatch"
         self.draining = False
         self._embeddings: dict[Embedding, asyncio.Future[None]] = {}

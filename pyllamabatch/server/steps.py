@@ -34,6 +34,7 @@ async def steps(service: Service, request: Request) -> Response:
     stats = engine.stats()
     return json_response(
         {
+            "server": service.id,
             "steps": live.steps_of(new),
             "n_slots": engine.n_seq_max,
             "n_cells": stats.kv_total,

@@ -45,7 +45,7 @@ def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> Non
     html = (tmp_path / "a.html").read_text()
     data = re.search(r"const RECORDED = (.*?);</script>", html)
     assert data is not None
-    assert json.loads(data[1].replace("<\\/", "</"))["steps"] == found
+    assert json.loads(data[1])["steps"] == found
     for bad in (b"{}", b'{"traceEvents": []}', b"no JSON", b"GGUF" + bytes(range(256)) * 100):
         (tmp_path / "bad.json").write_bytes(bad)
         with pytest.raises(ArgumentError, match="generate --trace") as caught:
@@ -120,6 +120,7 @@ def test_the_feed_goes_on_where_it_was(served: Served) -> None:
     core: Any = served.engine._core
     until(lambda: core.output_processor._n_read == core._stepper.n_recorded)
     first = served.client.get("/steps").json()
+    assert first["server"] == served.client.get("/steps").json()["server"]
     assert first["n_slots"] == 4
     last = first["steps"][-1]["at"]
     assert served.client.get("/steps", params={"since": last}).json()["steps"] == []
@@ -241,9 +242,55 @@ def test_a_preempted_request_that_ends_is_not_preempted_any_more(served: Served,
 
 
 @pytest.mark.browser
+def test_another_server_at_the_same_address_is_told_from_the_first(
+    served: Served,
+    page: Any,
+) -> None:
+    """It numbers its requests from the first one on, and its clock may be behind."""
+    since: list[str] = []
+
+    def answer(route: Any) -> None:
+        since.append(route.request.url.partition("since=")[2])
+        i, server = len(since), "first" if len(since) < 4 else "other"
+        step = {**made_up_step(i), "reasons": {}, "lanes": [[0, 1, 7]]}
+        step["at"] = 10.0 * i + (1000 if server == "first" else 0)
+        stats = {"running": 1, "waiting": 0, "preemptions": 0}
+        stats |= {"prefix_hit_rate": 0, "kv_cached": 0, "itl_ms": 9}
+        feed = {"server": server, "steps": [step], "n_slots": 4, "n_cells": 65536, "stats": stats}
+        route.fulfill(json=feed)
+
+    page.route("**/steps*", answer)
+    page.goto(served.url)
+    until(lambda: page.evaluate("1") and len(since) > 8)
+    assert since[:7] == ["-1", "1010", "1020", "1030", "-1", "50", "60"]
+    steps, chunks = page.evaluate(
+        "[batch.steps.map((step) => step.at), batch.requests.get(1).chunks]"
+    )
+    assert steps[0] == 50
+    assert len(chunks) == len(steps)
+
+
+@pytest.mark.browser
+def test_the_page_s_chat_shows_thoughts_and_failures(served: Served, page: Any) -> None:
+    deltas: list[dict[str, Any]] = [{"reasoning_content": "Hm. "}, {"content": "42"}]
+    events = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas]
+    page.route("**/v1/chat/*", lambda route: route.fulfill(body="".join(events)))
+    page.goto(served.url)
+    page.fill("#question", "?")
+    page.click("#chat button")
+    until(lambda: page.inner_text("#answer") == "Hm. 42")
+    page.unroute("**/v1/chat/*")
+    page.route("**/v1/chat/*", lambda route: route.abort())
+    page.click("#chat button")
+    until(lambda: "[Failed to fetch]" in page.inner_text("#answer"))
+
+
+@pytest.mark.browser
 def test_recorded_in_a_browser(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "steps.html"
-    path.write_text(live.page([made_up_step(i) for i in range(300)], "steps.json"))
+    steps = [made_up_step(i) for i in range(300)]
+    steps[0]["reasons"] = {"3": "</script> or <!--<script>"}  # a policy's own words
+    path.write_text(live.page(steps, "steps.json"))
     page.goto(path.as_uri())
     assert page.title() == "steps.json"
     assert page.evaluate("[window.batch.steps.length, window.batch.nSlots]") == [300, 64]

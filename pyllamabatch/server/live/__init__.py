@@ -148,7 +148,7 @@ def page(steps: Sequence[Step] | None = None, title: str = "pyllamabatch") -> st
     html, style, script = (_text(name) for name in ("page.html", "page.css", "page.js"))
     data = "null"
     if steps is not None:
-        data = json.dumps({"title": title, "steps": list(steps)}).replace("</", "<\\/")
+        data = json.dumps({"title": title, "steps": list(steps)}).replace("<", "\\u003c")
     parts = {"STYLE": style, "SCRIPT": script, "RECORDED": data}
     for name, text in parts.items():
         html = html.replace(f"/*{name}*/", text)

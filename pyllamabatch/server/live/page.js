@@ -11,7 +11,7 @@ const color = (name) => style.getPropertyValue(`--${name}`).trim();
 const state = {
   steps: [], requests: new Map(), out: new Map(), // slots of preempted requests, by id
   nSlots: 1, nCells: 1, first: 0, // steps that were forgotten
-  paused: false, back: 0, zoom: 7, chosen: null, changed: true, frames: 0, stats: null,
+  paused: false, back: 0, zoom: 7, chosen: null, changed: true, frames: 0, stats: null, server: null,
 };
 window.batch = state; // for tests and the console
 
@@ -67,6 +67,12 @@ function addSteps(steps) {
   state.changed = true;
 }
 
+function forget() {
+  Object.assign(state, { steps: [], nSlots: 1, nCells: 1, first: 0, back: 0, chosen: null });
+  state.requests.clear();
+  state.out.clear();
+}
+
 async function poll() {
   let since = -1;
   for (;;) {
@@ -80,6 +86,12 @@ async function poll() {
       }
       const news = await response.json();
       if (!response.ok) throw new Error(news.error.message);
+      if (state.server !== null && news.server !== state.server) { // its requests and clock differ
+        forget();
+        since = -1;
+        news.steps = []; // asked for again, all of them
+      }
+      state.server = news.server;
       state.nSlots = Math.max(state.nSlots, news.n_slots);
       state.nCells = news.n_cells;
       state.stats = news.stats;
@@ -295,23 +307,29 @@ byId("chat").addEventListener("submit", async (event) => {
   const answer = byId("answer"), content = byId("question").value;
   answer.textContent = "";
   const body = { messages: [{ role: "user", content }], stream: true, max_tokens: 512 };
-  const response = await fetch("v1/chat/completions", {
-    method: "POST", headers: { "Content-Type": "application/json", ...headers() },
-    body: JSON.stringify(body),
-  });
-  if (!response.ok) { answer.textContent = (await response.json()).error.message; return; }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const { value, done } = await reader.read();
-    if (done) break;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data: {")) continue;
-      const data = JSON.parse(line.slice(6));
-      if (data.error) answer.textContent += ` [${data.error.message}]`;
-      else answer.textContent += data.choices[0]?.delta.content ?? "";
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", headers: { "Content-Type": "application/json", ...headers() },
+      body: JSON.stringify(body),
+    });
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = ""; ;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data: {")) continue;
+        const data = JSON.parse(line.slice(6));
+        if (data.error) throw new Error(data.error.message);
+        const delta = data.choices[0]?.delta;
+        answer.textContent += delta?.reasoning_content ?? "";
+        answer.textContent += delta?.content ?? "";
+      }
     }
+  } catch (error) {
+    answer.textContent += ` [${error.message}]`;
   }
 });
 
