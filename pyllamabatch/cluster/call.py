@@ -18,6 +18,8 @@ LINE_BYTES = 2**20  # of a head, at most
 TICKET_BYTES = 16
 CONNECT_SECONDS = 10.0
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
+ROUTED_BY = "tools", "system", "instructions", "messages", "input", "prompt", "content"
+"""Fields of a body, in the order of their texts in a prompt."""
 REPLICA = b"x-replica"
 """A header of every answer: the name of the replica that gave it."""
 Head = tuple[int, list[tuple[bytes, bytes]]]
@@ -107,15 +109,11 @@ def routed_by(body: bytes) -> tuple[bytes, str]:
     the key that a client gave. A body that is not understood is for the replica to refuse."""
     try:
         values = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        if not isinstance(values, dict):
+            return b"", ""
+        parts = [_written(values[name]) for name in ROUTED_BY if values.get(name)]
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # it reads deeper than it writes
         return b"", ""
-    if not isinstance(values, dict):
-        return b"", ""
-    parts = [
-        _written(values[name])
-        for name in ("tools", "system", "instructions", "messages", "input", "prompt", "content")
-        if values.get(name)
-    ]
     key = values.get("prompt_cache_key")
     return b"".join(parts), key if isinstance(key, str) else ""
 

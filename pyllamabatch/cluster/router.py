@@ -67,6 +67,9 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         self._open[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        sent = self._on_the_way.get(internal_request_id)
+        if sent is not None and sent[1].future.done():  # its client left before a replica said yes
+            del self._on_the_way[internal_request_id]
         if self._routed.get(internal_request_id) != replica_id:
             return  # of what all replicas are asked, or what this one has refused
         del self._routed[internal_request_id]

@@ -39,7 +39,8 @@ def test_conversations_are_routed_by_what_they_begin_with() -> None:
     assert len(tokens) == 3 * BYTES_PER_TOKEN
     assert np.frombuffer(tokens, "<i4").tolist() == [1, 70000, -1]
     assert routed_by(b'{"prompt": [4294967296]}') == (b"[4294967296]", "")
-    assert routed_by(b"not JSON") == routed_by(b"[1]") == (b"", "")
+    deep = b'{"messages": %b}' % (b"[" * 400 + b"]" * 400)
+    assert routed_by(b"not JSON") == routed_by(b"[1]") == routed_by(deep) == (b"", "")
     router = PrefixAffinity(unit=BYTES_PER_TOKEN)
     prompts = [RoutedCall("POST", "/", b"", [], b"", prefix).prompt() for prefix in (one, other)]
     assert len(prompts[0]) > 16 * router.unit

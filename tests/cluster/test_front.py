@@ -198,6 +198,28 @@ def test_what_a_replica_refused_another_one_answers() -> None:
     assert router._n_open() == {"r0": 1}
 
 
+@pytest.mark.parametrize(("sent", "n_open"), [(True, {}), (False, {"r0": 1})])
+def test_who_leaves_while_a_replica_is_silent_is_no_open_request(
+    sent: bool, n_open: dict[str, int]
+) -> None:
+    """It was sent and never taken: Ray tells of its end only. What was refused is not sent again
+    yet, and on its way."""
+    from pyllamabatch.cluster.router import FleetRouter
+
+    router: Any = FleetRouter.__new__(FleetRouter)
+    router.initialize_state()
+    request = SimpleNamespace(
+        metadata=SimpleNamespace(internal_request_id="a"),
+        args=[SimpleNamespace(prompt=lambda: np.arange(9, dtype=np.int32), key="")],
+        future=SimpleNamespace(cancelled=lambda: False, done=lambda: sent),
+    )
+    replicas = [SimpleNamespace(replica_id="r0", routing_stats={})]
+    asyncio.run(router.choose_replicas(replicas, request))
+    assert router._n_open() == {"r0": 1}
+    router.on_request_completed("r0", "a")
+    assert router._n_open() == n_open
+
+
 @pytest.mark.parametrize(
     ("cause", "status", "message"),
     [
