@@ -28,6 +28,7 @@ from .router import DEFAULT, FleetRouter
 APPLICATION = "pyllamabatch"
 LOOPBACK = "127.0.0.1"
 HEALTH_SECONDS = 5.0
+SILENT_SECONDS = 10.0  # Ray's own 30: three of them, and a replica that hangs is replaced
 REPLICAS_MAX = 10_000
 
 
@@ -74,6 +75,7 @@ def engines(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
         "ray_actor_options": {"num_cpus": 1, "num_gpus": options.gpus_per_replica},
         "graceful_shutdown_timeout_s": server.drain_timeout,
         "health_check_period_s": HEALTH_SECONDS,
+        "health_check_timeout_s": SILENT_SECONDS,
         "request_router_config": RequestRouterConfig(
             request_router_class=FleetRouter,
             request_router_kwargs={"router": options.router},

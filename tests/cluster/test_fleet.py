@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -104,3 +105,16 @@ def test_a_replica_that_is_killed(fleet: Fleet) -> None:
 def test_a_body_that_is_too_large(fleet: Fleet) -> None:
     big = {"prompt": "a" * 40 * 2**20}
     assert fleet.client.post(TEXT, json=big).status_code == 413
+
+
+def test_a_replica_that_hangs(fleet: Fleet) -> None:
+    """It is as one that died, before clients have given up."""
+    victim = fleet.replicas()[0]
+    victim.suspend()
+    try:
+        asked = [Asked(fleet, endless(200 + i, 20)) for i in range(8)]
+        assert [one.end for one in asked] == ["[DONE]"] * 8
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            victim.resume()
+    until(lambda: len(fleet.replicas()) == 2 and victim not in fleet.replicas(), 120)
