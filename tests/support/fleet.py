@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,12 @@ class Fleet:
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def replicas(self) -> list[psutil.Process]:
-        of_all = self.process.children(recursive=True)
-        return [one for one in of_all if "ServeReplica" in "".join(one.cmdline())]
+        found = []
+        for one in self.process.children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                if "ServeReplica" in "".join(one.cmdline()):
+                    found.append(one)
+        return found
 
     def metric(self, name: str) -> float:
         lines = self.client.get("/metrics").text.splitlines()
