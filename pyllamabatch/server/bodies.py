@@ -22,6 +22,8 @@ IGNORED = frozenset({
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "prompt_cache_options", "prediction", "verbosity", "client_metadata",
     "access_programs",
+    # of Text Embeddings Inference
+    "truncation_direction",
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics", "user_profile_id",
     "workspace_id", "context_management",
@@ -51,6 +53,7 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "echo": (False,),
+    "truncate": (False,),
 }
 SAMPLERS: Mapping[str, Mapping[str, float]] = {
     "penalties": {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0},

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -37,7 +38,7 @@ class EmbeddingsBody(Body):
 
 class RerankBody(Body):
     """The best `top_n` of `documents` for `query`, in Jina's form; where they are `texts`, in that
-    of Text Embeddings Inference."""
+    of Text Embeddings Inference, whose clients may ask for scores of 0 to 1 (`raw_scores`)."""
 
     query: str
     documents: list[str] | None = None
@@ -46,6 +47,7 @@ class RerankBody(Body):
     model: str = ""
     return_documents: bool = False
     return_text: bool = False
+    raw_scores: bool = True
 
 
 async def openai(service: Service, request: Request) -> Response:
@@ -86,7 +88,7 @@ async def rerank(service: Service, request: Request) -> Response:
     if body.texts is not None:
         return json_response(
             [
-                {"index": one.index, "score": one.score}
+                {"index": one.index, "score": one.score if body.raw_scores else _share(one.score)}
                 | ({"text": documents[one.index]} if with_text else {})
                 for one in best
             ]
@@ -100,6 +102,11 @@ async def rerank(service: Service, request: Request) -> Response:
     usage = {"prompt_tokens": n, "total_tokens": n}
     model = body.model or service.model_name
     return json_response({"object": "list", "model": model, "usage": usage, "results": results})
+
+
+def _share(score: float) -> float:
+    """The sigmoid."""
+    return 0.5 + 0.5 * math.tanh(score / 2)
 
 
 async def _vectors(

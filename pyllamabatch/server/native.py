@@ -234,7 +234,8 @@ def _tokens(service: Service, body: TokenizeBody) -> list[Any]:
     ids: list[int] = service.tokens(body.content, **special, name="content").tolist()
     if not body.with_pieces:
         return ids
-    return [{"id": id, "piece": _piece(service, id)} for id in ids]
+    pieces = {id: {"id": id, "piece": _piece(service, id)} for id in set(ids)}
+    return [pieces[id] for id in ids]
 
 
 def _piece(service: Service, token: int) -> str | list[int]:
@@ -319,7 +320,7 @@ async def slots(service: Service, request: Request) -> Response:
                 "next_token": [
                     {
                         "has_next_token": state.request is not None,
-                        "n_remain": state.left,
+                        "n_remain": -1 if state.request is None else state.left,
                         "n_decoded": state.generated,
                     }
                 ],

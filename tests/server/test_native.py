@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server import native
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.options import ServerOptions
+from pyllamabatch.server.service import Service
 from tests.support.engines import held
 from tests.support.models_special import write_bert
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, serving
@@ -113,6 +116,21 @@ def test_tokens_and_templates(served: Served) -> None:
     assert served.refused("/detokenize", {"tokens": [9999]})["param"].startswith("tokens")
 
 
+def test_each_piece_is_looked_up_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of 700 kB took 45 seconds, and the streams beside it stood still for four of them."""
+    looked_up: list[int] = []
+    piece = native._piece
+
+    def counted(service: Service, token: int) -> str | list[int]:
+        looked_up.append(token)
+        return piece(service, token)
+
+    monkeypatch.setattr(native, "_piece", counted)
+    found = served.ok("/tokenize", {"content": "Añ" * 50, "with_pieces": True})["tokens"]
+    assert found[:3] * 50 == found
+    assert len(looked_up) == 3
+
+
 def test_settings_may_be_sent_back(served: Served) -> None:
     asked = {**GREEDY, "prompt": SUM, "samplers": ["Top-K", "temp"], "repeat_last_n": 9}
     settings = served.ok("/completion", asked)["generation_settings"]
@@ -135,7 +153,10 @@ def test_props_slots_and_metrics(served: Served) -> None:
     ):
         lines = response.iter_lines()  # the client leaves with it
         next(lines)
-        busy = [s for s in served.client.get("/slots").json() if s["is_processing"]]
+        slots = served.client.get("/slots").json()
+        busy = [s for s in slots if s["is_processing"]]
+        idle = {"has_next_token": False, "n_remain": -1, "n_decoded": 0}
+        assert [s["next_token"] for s in slots if s not in busy] == [[idle]] * 3
         assert [(s["tenant"], s["n_ctx"]) for s in busy] == [("anna", 1024)]
         (following,) = busy[0]["next_token"]
         assert following["has_next_token"]
@@ -253,4 +274,8 @@ def test_documents_by_relevance(tmp_path: Path) -> None:
         first = {"index": results[0]["index"], "score": pytest.approx(scores[0], abs=1e-4)}
         assert asked(texts=texts, top_n=1) == [first]
         assert asked(texts=texts, return_text=True)[0]["text"] == texts[first["index"]]
+        for one in asked(texts=texts, raw_scores=False, truncate=False):
+            score = next(r["relevance_score"] for r in results if r["index"] == one["index"])
+            assert one["score"] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-4)
+        assert asked(texts=texts, truncate=True)["error"]["param"] == "truncate"
         assert asked(texts=["a" * 1000])["error"]["param"] == "texts[0]"
