@@ -13,7 +13,9 @@ from pyllamabatch.scheduler import (
     device_aware,
     fair,
     fcfs,
+    make_policy,
     mlfq,
+    policy_names,
     prefill_first,
     prefix,
     sarathi,
@@ -47,6 +49,14 @@ def test_priority_goes_before_arrival() -> None:
         assert tokens(policy, *line) == {2: 60, 3: 4}
     for policy in (mlfq(), fair()):  # which say that they don't look at it
         assert tokens(policy, *line) == {1: 60, 2: 4}
+
+
+@pytest.mark.parametrize("spec", policy_names())
+def test_of_the_lowest_priority_the_newest_is_preempted(spec: str) -> None:
+    policy = make_policy(spec)
+    running = [decoding(id, 20, priority=priority) for id, priority in ((1, 1), (2, 0), (3, 1))]
+    plan = policy.plan(view_of(*running, limits=SIXTY))
+    assert plan.preempt == ((3,) if spec in ("fair", "mlfq") else (2,))
 
 
 def test_static_admits_until_the_batch_decodes_and_then_none() -> None:

@@ -20,7 +20,7 @@ from ...errors import ArgumentError
 from ..policy import PlanBuilder
 from ..view import SequenceView, StepView
 from .composed import ComposedPolicy
-from .parts import ALWAYS, TokenBudget, WhenItFits
+from .parts import ALWAYS, LastRanked, TokenBudget, WhenItFits
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -161,6 +161,11 @@ class LeastServed:
                 counters[first] += self._charge(seq)
 
 
+def alike(seq: SequenceView) -> int:
+    """The rank of each."""
+    return 0
+
+
 def fair(
     *,
     prompt: float = 1.0,
@@ -175,6 +180,7 @@ def fair(
         order=least_served.order,
         admit=WhenItFits(watermark),
         budget=TokenBudget(budget),
+        victim=LastRanked(alike),
         repeat=least_served.repeat,
         ended=least_served.ended,
     )

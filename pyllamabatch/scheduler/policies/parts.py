@@ -364,39 +364,20 @@ def half_for_targets(builder: PlanBuilder, seq: SequenceView) -> int:
 # -- victim
 
 
-def newest_first(builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
-    """The newest running sequence is preempted for an older one; the newest itself waits, and keeps
-    its cells until an older one needs them."""
-    return first_to_go(builder, seq, reversed(builder.view.running)) if seq.running else None
-
-
-def first_to_go(
-    builder: PlanBuilder, seq: SequenceView, candidates: Iterable[SequenceView]
-) -> SequenceView | None:
-    """The first of `candidates` that is not preempted yet; None when it is `seq`'s own turn."""
-    for candidate in candidates:
-        if candidate.id == seq.id:
-            return None
-        if candidate.id not in builder.preempt:
-            return candidate
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class LastRanked:
-    """The running sequence with the largest `rank(sequence)` is preempted for one with a smaller,
-    the newer id among equals. The rank may change only with the tokens that a sequence
-    generates."""
+    """The running sequence with the largest `rank(sequence)`, of equals the newest, is preempted
+    for one before it; that one itself waits, and keeps its cells until another needs them. The rank
+    may change only with the tokens that a sequence generates."""
 
-    rank: Callable[[SequenceView], object]
+    rank: Callable[[SequenceView], Any]
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
         if not seq.running:
             return None
-
-        def key(candidate: SequenceView) -> tuple[object, int]:
-            return self.rank(candidate), candidate.id
-
-        rest = (s for s in builder.view.running if s.id not in builder.preempt)
-        last = max(rest, key=key)
+        rest = (one for one in reversed(builder.view.running) if one.id not in builder.preempt)
+        last = max(rest, key=self.rank)  # the first of equals
         return None if last.id == seq.id else last
+
+
+newest_first = LastRanked(by_priority)  # of the lowest priority
