@@ -16,6 +16,7 @@ Where the cells of a pool are is libllama's affair (src/llama-kv-cache.cpp: `fin
 takes the next free one behind the last row's, or from the first one on that was emptied.
 `reach` follows that about, as if the free ones were spread evenly."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,10 +129,12 @@ class KvAccounting:
         )
         return int(self._held[slot]) - shared
 
-    def frees(self, slot: int) -> int:
-        """Cells that are free when a running slot runs no more: no other running one holds them."""
-        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_running > 1)
-        return int(self._held[slot]) - shared
+    def frees(self, *slots: int) -> int:
+        """Cells that are free when these running slots run no more: no other running one holds
+        them."""
+        own = sum(int(self._held[slot]) - self._own_from[slot] for slot in slots)
+        runs = Counter(run for slot in slots for run in self._runs[slot])
+        return own + sum(run.end - run.start for run, n in runs.items() if n == run.n_running)
 
     def unused(self, slot: int, n: int) -> int:
         """Of the first `n` positions of `slot` the cells that no running slot holds."""

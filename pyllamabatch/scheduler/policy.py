@@ -163,7 +163,8 @@ class PlanBuilder:
         decodes = self.decode_all and seq.id in self.view.decoding
         n = 1 if decodes else self.tokens.pop(seq.id, 0)
         self._take(-n)
-        self.cells += self.view.kv.freed_by(seq.id)
+        freed_by = self.view.kv.freed_by
+        self.cells += freed_by(*self.preempt, seq.id) - freed_by(*self.preempt)
         self.promised -= seq.remaining
         self.preempt[seq.id] = seq
         self.reasons[seq.id] = reason

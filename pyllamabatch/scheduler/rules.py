@@ -1,8 +1,9 @@
 """The rules that every plan keeps, by name. A plan that breaks one changes nothing."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import chain
 from math import inf
+from numbers import Real
 from operator import index
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,11 +44,11 @@ class CheckedRows(NamedTuple):
 
 
 def check_plan(plan: Plan, view: StepView) -> tuple[Plan, CheckedRows]:
-    """`plan`, its whole numbers as ints, and its rows. PlanError for the first rule that it breaks.
+    """`plan`, tidied up, and its rows. PlanError for the first rule that it breaks.
     With `decode_all` there is no loop over the sequences that decode."""
     if not isinstance(plan, Plan):
         _broken("plan", f"{plan!r}")
-    plan = _of_ints(plan)
+    plan = _tidy(plan)
     rows = _rows(plan, view)
     n_rows, n_new, n_taken, n_freed = rows.n_decodes, 0, 0, 0
     if rows.others:
@@ -79,8 +80,25 @@ def whole(value: Any) -> Any:
         return value
 
 
-def _of_ints(plan: Plan) -> Plan:
-    tokens, preempt, drafts = plan.tokens or {}, plan.preempt or (), plan.drafts or {}
+_FIELDS: tuple[tuple[str, type, Callable[[Any], Any]], ...] = (
+    ("tokens", Mapping, dict),
+    ("preempt", Iterable, tuple),
+    ("sit_out", Iterable, frozenset),
+    ("reasons", Mapping, dict),
+    ("drafts", Mapping, dict),
+)
+
+
+def _tidy(plan: Plan) -> Plan:
+    """Nothing for a None, whatever holds ids as a plan holds them, whole numbers as ints."""
+    for name, kind, make in _FIELDS:
+        value = getattr(plan, name)
+        if type(value) is make:
+            continue
+        if not (value is None or isinstance(value, kind)):
+            _broken("plan", f"{name}={value!r} is no {kind.__name__}")
+        plan = plan._replace(**{name: make(() if value is None else value)})
+    tokens, preempt, drafts = plan.tokens, plan.preempt, plan.drafts
     numbers = chain(tokens, tokens.values(), preempt, drafts, drafts.values(), (plan.repeat,))
     if set(map(type, numbers)) == {int}:
         return plan
@@ -150,7 +168,7 @@ def _check_preempted(plan: Plan, view: StepView) -> int:
             _broken("preempt-or-run", f"sequence {id}")
     if len(set(plan.preempt)) != len(plan.preempt):
         _broken("preempt-running", f"named twice in {plan.preempt}")
-    return sum(map(view.kv.freed_by, plan.preempt))
+    return view.kv.freed_by(*plan.preempt)
 
 
 def _check_time(plan: Plan, view: StepView, rows: CheckedRows, n_rows: int) -> None:
@@ -161,7 +179,7 @@ def _check_time(plan: Plan, view: StepView, rows: CheckedRows, n_rows: int) -> N
     if plan.wake is not None:
         if n_rows or plan.preempt:
             _broken("wake", f"{n_rows} rows, {len(plan.preempt)} sequences are preempted")
-        if not view.now < plan.wake < inf:
+        if not (isinstance(plan.wake, Real) and view.now < plan.wake < inf):
             _broken("wake", f"until {plan.wake!r}, and it is {view.now!r}")
     elif not n_rows and not plan.preempt:
         n_running, n_waiting = len(view.running), len(view.waiting)

@@ -582,5 +582,5 @@ class Scheduler:
     def _slot_of(self, id: int) -> int:
         return self.sequences.running.ids[id].slot
 
-    def _freed_by(self, id: int) -> int:
-        return self.accounting.frees(self._slot_of(id))
+    def _freed_by(self, *ids: int) -> int:
+        return self.accounting.frees(*map(self._slot_of, ids))

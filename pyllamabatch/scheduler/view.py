@@ -146,14 +146,14 @@ class KvView(NamedTuple):
       `free - promised` is what a newcomer may count on.
     - attended: cells that attention looks over when all decode, for `cost`. In a pool that all
       share, cached ones count, and free ones that its kernels compute.
-    - freed_by(id): cells that are free when a running sequence is preempted: those that no other
-      running one shares with it.
+    - freed_by(*ids): cells that are free when these running sequences are preempted: those that no
+      other running one shares with them.
     - slot_of(id): where a sequence runs. Of streams, those in consecutive slots share a ubatch."""
 
     free: int
     promised: int
     attended: int
-    freed_by: Callable[[int], int]
+    freed_by: Callable[..., int]
     slot_of: Callable[[int], int]
 
 
@@ -260,6 +260,10 @@ class StepView(NamedTuple):
         held = sum(computed.values())
         promised = sum(seq.remaining for seq in running)
         free = limits.n_cells - held
+
+        def freed_by(*ids: int) -> int:
+            return sum(computed[id] for id in ids)
+
         return cls(
             now=now,
             limits=limits,
@@ -267,7 +271,7 @@ class StepView(NamedTuple):
             waiting=SequenceList(waiting),
             decoding=dict.fromkeys(seq.id for seq in running if seq.decoding).keys(),
             prefilling=SequenceList(s for s in running if s.remaining and not s.decoding),
-            kv=KvView(free, promised, held, computed.__getitem__, [*computed].index),
+            kv=KvView(free, promised, held, freed_by, [*computed].index),
             cost=cost,
             step=step,
         )

@@ -40,6 +40,9 @@ class Cells:
         used, of_live = self.all_of(every), self.all_of(live)
         assert (kv.used, kv.cached) == (len(used), len(used - of_live))
         assert (kv.free, kv.empty) == (self.n_cells - len(of_live), self.n_cells - len(used))
+        for n in range(len(live)):
+            others = self.all_of(live[n:])
+            assert kv.frees(*live[:n]) == len(of_live - others)
         for slot in every:
             mine = set(self.slots[slot])
             assert kv.held(slot) == len(mine)

@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError, PlanError, RequestTooLong
+from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import (
     RULES,
     ComposedPolicy,
     Limits,
     Plan,
+    PlanBuilder,
     Round,
     Scheduler,
+    SequenceView,
     StepView,
     Verdict,
     sarathi,
 )
+from pyllamabatch.scheduler.policies.parts import whole_batch
+from tests.support.scheduler_machine import Machine
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
 
@@ -57,6 +62,9 @@ def state(made: Scheduler) -> Any:
 BROKEN: list[tuple[str, Any]] = [
     ("plan", {1: 1}),
     ("plan", Plan),
+    ("plan", Plan([1, 2])),  # type: ignore[arg-type]
+    ("plan", Plan({1: 1}, preempt=2)),  # type: ignore[arg-type]
+    ("plan", Plan(decode_all=True, sit_out=2)),  # type: ignore[arg-type]
     ("known-sequence", Plan({7: 1})),
     ("known-sequence", Plan({1: 1}, preempt=(7,))),
     ("whole-tokens", Plan({1: 0})),
@@ -85,6 +93,7 @@ BROKEN: list[tuple[str, Any]] = [
     ("wake", Plan({}, wake=1.0)),
     ("wake", Plan({}, wake=float("inf"))),
     ("wake", Plan({}, wake=float("nan"))),
+    ("wake", Plan({}, wake="soon")),  # type: ignore[arg-type]
 ]
 
 
@@ -102,6 +111,19 @@ def test_a_broken_rule_is_named_and_nothing_changes(rule: str, plan: Any) -> Non
     step = made.plan(1.0)
     assert step is not None
     assert step.n_rows == 4
+
+
+@pytest.mark.parametrize("preempt", [[2], {2}, np.array([2]), (id for id in (2,))], ids=repr)
+def test_ids_in_any_collection_and_none_is_nothing(preempt: Any) -> None:
+    made, policy = scheduler()
+    policy.next = Plan(None, preempt, sit_out=None, reasons=None)  # type: ignore[arg-type]
+    step = made.plan(1.0)
+    assert step is not None
+    assert (step.n_rows, step.preempted) == (0, ((2, 1),))
+    policy.next = Plan({4: 4}, decode_all=True, sit_out=[1], drafts=None)  # type: ignore[arg-type]
+    step = made.plan(1.0)
+    assert step is not None
+    assert (step.n_rows, step.decode.tolist()) == (4, [1])
 
 
 def test_whole_numbers_of_numpy() -> None:
@@ -174,6 +196,34 @@ def test_rows_and_cells() -> None:
     assert step.admitted == ((3, 1),)  # into the slot that was given up
     made.advance(step)
     assert [made.accounting.held(slot) for slot in range(3)] == [11, 10, 0]
+
+
+@pytest.mark.parametrize("policy", [Plan({3: 40}, preempt=(1, 2)), None], ids=["plan", "parts"])
+def test_cells_that_only_the_preempted_share_are_free(policy: Plan | None) -> None:
+    """1 and 2 share 29, and have one or two of their own. 0 needs cells of one of them, and with
+    parts 3 takes the place of both."""
+    scripted = Scripted()
+    machine = Machine(
+        replace(LIMITS, n_batch=64, n_cells=60, n_cells_seq=60),
+        scripted,
+        sharing=Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4),
+    )
+    for id in (1, 2):
+        machine.add(id, 30, 20, alike=29)
+        machine.step()
+    freed_by = machine.scheduler.view(0.0).kv.freed_by
+    assert [freed_by(1), freed_by(2), freed_by(1, 2), freed_by()] == [2, 1, 32, 0]
+    machine.add(3, 40, 5, priority=1)
+    if policy is None:
+
+        def victim(builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+            rest = (one for one in builder.view.running if one.id not in builder.preempt)
+            return None if seq.running else next(rest, None)
+
+        machine.scheduler.policy = ComposedPolicy(victim=victim, budget=whole_batch)
+    scripted.next = policy
+    step = machine.next_step()
+    assert (step.preempted, step.n_rows) == (((1, 0), (2, 1)), 40)
 
 
 class Forgets:
