@@ -47,6 +47,8 @@ class Capabilities:
     """Cells are shared by the sequences; else each has its own n_ctx_seq cells."""
     prefix_copy: bool
     """`seq_cp` of a part of a sequence."""
+    copies_wait: bool
+    """`seq_cp` copies data, with the next decode: no copy can be saved before."""
     recurrent: bool
     hybrid: bool
     swa_window: int
@@ -72,7 +74,7 @@ class Memory:
         self._can = capabilities
         self._n_seq_max = n_seq_max
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
-        self._copying: set[int] = set()  # streams that a copy reads or writes by then
+        self._copying: set[int] = set()  # whose data a copy reads or writes by then
 
     @property
     def ptr(self) -> Any:
@@ -99,7 +101,7 @@ class Memory:
         """Forget every sequence; `data` also zeroes the buffers."""
         with self._context:
             lib.llama_memory_clear(self.ptr, data)
-            self.renewed(self._can)
+            self._stale.clear()  # copies between streams are still made
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
         """Remove [p0, p1) of a sequence, -1 for every sequence."""
@@ -142,9 +144,9 @@ class Memory:
                 limit = f"it holds {held}: remove that first with seq_rm({dst})"
                 raise ArgumentError("dst", dst, limit)
             lib.llama_memory_seq_cp(self.ptr, src, dst, *part)
-            if src in self._stale or not (can.unified or can.recurrent):
+            if src in self._stale or can.copies_wait:
                 self._stale.add(dst)
-            if not (can.unified or can.recurrent):
+            if can.copies_wait:
                 self._copying |= {src, dst}
 
     def seq_keep(self, seq_id: int) -> None:
@@ -275,6 +277,7 @@ def probe(ptr: Any, model: Model, params: Mapping[str, Any]) -> Capabilities:
     whole_only = copies_whole_only(model)
     one_state = model.is_recurrent or model.is_hybrid
     unified = bool(params["kv_unified"])
+    shares = model.architecture != "deepseek4"  # its compressors have streams in a pool, too
     shifts = has_memory and not one_state and bool(lib.llama_memory_can_shift(memory))
     return Capabilities(
         has_memory=has_memory,
@@ -283,6 +286,7 @@ def probe(ptr: Any, model: Model, params: Mapping[str, Any]) -> Capabilities:
         can_shift=shifts and _can_rotate(model, params["type_k"]),
         unified=unified,
         prefix_copy=has_memory and unified and not whole_only,
+        copies_wait=has_memory and not model.is_recurrent and not (unified and shares),
         recurrent=model.is_recurrent,
         hybrid=model.is_hybrid,
         swa_window=model.n_swa,

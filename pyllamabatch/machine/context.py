@@ -72,6 +72,7 @@ class MachineContext:
             can_shift=False,
             unified=unified,
             prefix_copy=unified,
+            copies_wait=not unified,
             recurrent=False,
             hybrid=False,
             swa_window=0,

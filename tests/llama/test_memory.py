@@ -134,7 +134,12 @@ def test_no_state_is_loaded_where_a_copy_waits() -> None:
         expected = decode(context, [4], 3, 2)
         context.state_seq_set(data, 0)
         assert context.memory.pos_max(0) == 1
+        context.memory.seq_rm(1)
+        context.memory.seq_cp(0, 1)
         context.memory.clear()
+        for seq in (0, 1):
+            with pytest.raises(UnsupportedOperation, match="waits for the next decode"):
+                context.state_seq_set(data, seq)
         decode(context, [5, 6, 7], 0, 2)
         assert (decode(context, [4], 3, 2) == expected).all()
 
@@ -147,8 +152,35 @@ def test_a_copy_has_compressed_keys_too(tmp_path: Path, kv_unified: bool) -> Non
     with Model(tmp_path / "model.gguf") as model, made(model) as context:
         decode(context, tokens, 0, 0)
         context.memory.seq_cp(0, 1)
+        with pytest.raises(UnsupportedOperation, match="next decode"):
+            context.state_seq_get(1)
         source, copy = (decode(context, NEXT, len(tokens), seq) for seq in (0, 1))
         np.testing.assert_array_equal(copy, source)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
+def test_compressed_keys_outlive_their_source(tmp_path: Path, kv_unified: bool) -> None:
+    """A copy is made with the next decode: what it is made of must be there then."""
+    write_deepseek4(tmp_path / "model.gguf")
+    tokens, others = ([10 + step * i % 400 for i in range(300)] for step in (7, 11))
+    made = partial(Context, n_threads=1, n_ctx=3 * 512, n_seq_max=3, kv_unified=kv_unified)
+    with Model(tmp_path / "model.gguf") as model, made(model) as context:
+        memory = context.memory
+        expected = []
+        for text in (tokens, others):
+            memory.clear()
+            decode(context, text, 0, 0)
+            expected.append(decode(context, NEXT, len(text), 0))
+        memory.clear()
+        decode(context, tokens, 0, 0)
+        decode(context, others, 0, 1)
+        memory.seq_cp(0, 2)
+        memory.seq_rm(0)
+        memory.seq_cp(1, 0)
+        memory.seq_rm(1)
+        decode(context, [5], 0, 1)
+        for seq, logits in zip((2, 0), expected, strict=True):
+            np.testing.assert_array_equal(decode(context, NEXT, len(tokens), seq), logits)
 
 
 def test_bf16_keys_are_not_shifted() -> None:
