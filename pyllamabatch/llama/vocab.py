@@ -21,7 +21,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.chat import ChatPrompt as ChatPrompt
 from pyllamabatch.llama.chat import ChatTemplate
 from pyllamabatch.llama.chat import chat_templates as chat_templates
-from pyllamabatch.llama.handle import Owner
+from pyllamabatch.llama.handle import Owner, owned
 from pyllamabatch.llama.params import check_range, flat_integers
 from pyllamabatch.llama.runtime import filled
 from pyllamabatch.llama.runtime import text as c_text
@@ -68,8 +68,9 @@ class Vocab:
 
     @property
     def ptr(self) -> Any:
-        """`const struct llama_vocab *`."""
-        return lib.llama_model_get_vocab(self._model.ptr)
+        """`const struct llama_vocab *`, which keeps the model's memory."""
+        model = self._model.ptr
+        return owned(lib.llama_model_get_vocab(model), model)
 
     def __len__(self) -> int:
         return self.n_tokens

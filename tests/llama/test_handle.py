@@ -8,6 +8,7 @@ from pyllamabatch import Model
 from pyllamabatch.llama.chat import ChatTemplate
 from pyllamabatch.llama.handle import owned
 from pyllamabatch.raw import ffi
+from tests.support.models_gguf import gguf_path
 
 
 class Needed:
@@ -38,4 +39,14 @@ def test_what_it_needs_lives_as_long() -> None:
     del needed
     assert alive() is not None
     del ptr
+    assert alive() is None
+
+
+def test_a_vocabulary_in_use_keeps_its_model() -> None:
+    """A thread may be inside a call of it when another one closes the model."""
+    model = Model(gguf_path("llama"))
+    alive, pointer = weakref.ref(model.ptr), model.vocab.ptr
+    model.close()
+    assert alive() is not None
+    del pointer
     assert alive() is None
