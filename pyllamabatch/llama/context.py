@@ -86,6 +86,8 @@ class Context(Owner):
 
         Raises `ArgumentError`, `NotEnoughMemory` or `ContextCreateError`, and
         `UnsupportedOperation` for a model that was loaded with `vocab_only`."""
+        if not isinstance(model, Model):
+            raise ArgumentError("model", model, "must be a Model: Model(path)")
         if model._vocab_only:
             raise UnsupportedOperation("the model was loaded with vocab_only: it can't run")
         most_seqs = int(lib.llama_max_parallel_sequences())
@@ -189,7 +191,7 @@ class Context(Owner):
         self._exclusive.now = ffi.NULL  # freed, and not closed
         try:
             self._exclusive.now = ptr = make()
-        except ContextCreateError:
+        except BaseException:
             self._end()
             raise
         self._outputs, self._encoded = None, False

@@ -219,6 +219,17 @@ def test_where_streams_cannot_be_had_again_the_pool_stays(
         assert (context.n_ctx, context.capabilities.unified) == (512, False)
 
 
+def test_renew_without_memory_closes_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> Any:
+        raise MemoryError
+
+    with Context(model, n_ctx=256, **EXACT) as context:
+        monkeypatch.setattr(context, "_make", none_left)
+        with pytest.raises(MemoryError):
+            context.renew()
+        assert context.closed
+
+
 def test_renew_that_fails_closes_it(model: Model) -> None:
     with Context(model, n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
         context._native.n_seq_max = 100_000

@@ -99,6 +99,12 @@ def test_bad_parameters(model: Model, argument: str, value: Any) -> None:
     assert caught.value.limit
 
 
+def test_a_path_is_no_model(tiny_llama_path: Path) -> None:
+    path: Any = tiny_llama_path
+    with pytest.raises(ArgumentError, match=r"must be a Model: Model\(path\)"):
+        Context(path)
+
+
 def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
     with pytest.raises(ContextCreateError, match="MTP"):
         Context(model, ctx_type="mtp")
