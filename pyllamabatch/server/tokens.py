@@ -135,20 +135,21 @@ def n_within(text: str, tokens: Sequence[int], piece: PieceOf) -> int:
 
 
 class TextLogprobs:
-    """Of `/v1/completions`: a column for each property. Offsets go on from call to call."""
+    """Of `/v1/completions`: a column for each property. Offsets, in characters of the text, go on
+    from call to call. Tokens of one character have the same."""
 
     def __init__(self, piece: PieceOf) -> None:
         self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def __call__(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        texts = [self._text(token.token) for token in tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._decoder.decode(self._piece(token.token)))
         return {
-            "tokens": texts,
+            "tokens": [self._text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,

@@ -147,6 +147,22 @@ def test_logprobs_in_both_forms(served: Served) -> None:
         assert [value for s in streamed if s for value in s[name]] == columns[name]
 
 
+def test_offsets_are_the_texts(served: Served) -> None:
+    """Also behind characters of several tokens, whole and streamed."""
+    chat = [{"role": "user", "content": "Copy: ñ€ x"}]
+    prompt = served.engine.model.vocab.apply_chat_template(chat)
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 20, "logprobs": 1}
+    (choice,) = served.ok(TEXT, body)["choices"]
+    found, text = choice["logprobs"], choice["text"]
+    assert len(text.encode()) > len(text) > 3
+    whole = list(zip(found["tokens"], found["text_offset"], strict=True))
+    assert [(token, text[at]) for token, at in whole if token.isascii()] == [
+        (one, one) for one in text if one.isascii()
+    ]
+    streamed = [e["choices"][0]["logprobs"] for e in served.events(TEXT, body)[:-1]]
+    assert [at for one in streamed if one for at in one["text_offset"]] == [at for _, at in whole]
+
+
 def test_json(served: Served) -> None:
     schema = {
         "type": "object",
