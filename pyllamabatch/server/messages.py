@@ -70,6 +70,8 @@ async def messages(service: Service, request: Request) -> Response:
     body = await bodies.read(request, MessagesBody)
     if body.max_tokens is None:
         raise invalid("max_tokens", None, "missing")
+    if body.stop is not None:
+        raise invalid("stop", body.stop, "is stop_sequences here")
     body.stop = body.stop_sequences
     turn = await _read_turn(service, body)
     prepared = await service.submit(body, [turn.prompt])

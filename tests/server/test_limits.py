@@ -68,6 +68,7 @@ def nested(levels: int) -> Any:
         (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": BAD}}},
          "output_config.format"),
         (MESSAGES, {"stop_sequences": ["a"] * (STOPS_MAX + 1)}, "stop_sequences"),
+        (MESSAGES, {"stop": ["a"]}, "stop"),
         (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
          "tools[0].type"),
         (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
