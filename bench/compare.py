@@ -7,6 +7,7 @@ are shown by the report as well.
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -118,12 +119,15 @@ def experiment(options: argparse.Namespace) -> Experiment:
         cases=cases_of(options, model, options.prompt_tokens, timed, numbers(options.users)),
         tokens=options.tokens,
         repeats=options.repeats,
+        tries=1 if options.undisturbed is None else sys.maxsize,
+        quiet=options.undisturbed,
         keep_loaded=options.keep_loaded,
     )
 
 
 def run(todo: Experiment, options: argparse.Namespace) -> Generator[Record, None, None]:
-    """Records while there is time for more runs. --undisturbed: each waits for quiet."""
+    """Records while there is time for more runs. --undisturbed: each arm waits for quiet, and its
+    run is made again until it had that."""
     about, _ = probe(todo.cases[0], False)
     about["versions"]["commit"] = harness.commit()
     budget, limit = Budget(options.budget), options.undisturbed

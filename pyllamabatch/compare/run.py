@@ -33,8 +33,8 @@ class Experiment:
     tokens: of a request, the first sample included; requests: of each sequence (poisson); rate: of
     arrivals, 1/s (poisson). limit_s: of one run. total_memory: bytes that all workers together may
     take, in equal shares; 0: no limit. tries: how often a run is made, at most, until others do
-    not disturb it. keep_loaded: all arms of a case stay open until its last
-    repeat."""
+    not disturb it. quiet: cores that they may use; None: `BUSY` of all. keep_loaded: all arms of a
+    case stay open until its last repeat."""
 
     protocol: str
     arms: Sequence[Arm]
@@ -47,6 +47,7 @@ class Experiment:
     total_memory: int = 0
     limit_s: float = 600.0
     tries: int = 1
+    quiet: float | None = None
     keep_loaded: bool = False
     verbose: bool = False
 
@@ -86,6 +87,9 @@ def measure(
     run_id = uuid.uuid4().hex[:12]
     failed: set[tuple[Arm, Case]] = set()
     loaded: dict[tuple[Arm, Case], Serving] = {}
+    quiet = experiment.quiet
+    if quiet is None:
+        quiet = BUSY * facts.machine()["n_cores"]
     with ExitStack() as stack:
         for case, repeat, arm in experiment.runs():
             own = replace(case, n_threads=threads_of(arm, case, experiment.oversubscribe))
@@ -101,7 +105,7 @@ def measure(
                 loaded.clear()
             try:
                 run = partial(run_once, experiment, arm, own, repeat, loaded, stack)
-                measured = steadiest(run, BUSY * facts.machine()["n_cores"], experiment.tries)
+                measured = steadiest(run, quiet, experiment.tries)
             except PyllamabatchError as error:
                 measured = Measured.failed(str(error))
             except Exception as error:

@@ -12,6 +12,7 @@ from bench.benches import load
 from bench.summary import latest, markdown, runs_of
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile
+from pyllamabatch.report.meters import OtherCores
 from pyllamabatch.report.records import Record, read
 from tests.support.made_up_rows import row
 
@@ -61,6 +62,19 @@ def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None
     assert text.count("- 2 users: engine, 90 tok/s") == 1
     assert text.count("- Overall, with") == 1
     assert "does not have" not in text
+
+
+def test_runs_that_others_disturb_are_made_again_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter([0.5, 0.5, 0.01])
+    monkeypatch.setattr(compare, "wait_for_quiet", lambda limit: None)
+    monkeypatch.setattr(OtherCores, "used", lambda _: next(used))
+    words = ["--quick", "--model", "default", "-N", "2", "--arms", "contexts", "--threads", "1"]
+    out = tmp_path / "rows.jsonl"
+    assert main(["compare", *words, "--undisturbed", "0.1", "--out", str(out)]) == 0
+    (only,) = read(out)
+    assert (only.detail["other_cpu"], only.detail["disturbed_runs"]) == (0.01, 2)
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
