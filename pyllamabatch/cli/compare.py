@@ -51,6 +51,7 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.machine.profile_machine import ProfileMachine
 from pyllamabatch.models import default_model_path
 from pyllamabatch.report import facts
+from pyllamabatch.report.disturbed import warning
 from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
 
@@ -251,3 +252,5 @@ def show(
         ratio = "no ratio" if one["ratio"] is None else f"{one['ratio']:.3f}"
         words = f"gate, {one['bench']}, {one['num_sequences']} sequences: {ratio}"
         say(f"{words}, at least {one['at_least']:g} wanted", sys.stderr)
+    if any(one["ratio"] is None for one in judged) and (told := warning(records)):
+        say(told, sys.stderr)

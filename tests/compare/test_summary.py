@@ -1,9 +1,11 @@
 """The table and the plain sentences, over rows that were made up."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 
+from pyllamabatch.cli.compare import show
 from pyllamabatch.compare.advice import advice, as_fast
 from pyllamabatch.compare.case import Measured
 from pyllamabatch.compare.comparison import short
@@ -106,6 +108,16 @@ def test_disturbed_runs_count_for_nothing() -> None:
     assert last.startswith("Overall, with")
     assert [one["ratio"] for one in gate([*rows, slow, wild], "engine", 1.0)] == [1.0]
     assert [one["met"] for one in gate([rows[0], wild], "engine", 1.0)] == [False]
+
+
+def test_a_gate_that_is_not_met_for_others_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a scenario prints its line alone."""
+    rows = [row(arm, 2, 50, other_cpu=1.9) for arm in ("contexts", "engine")]
+    args = Namespace(plot=None, scenario="c_engine_threaded", json=False)
+    show(args, rows, gate(rows, "engine", 1.0))
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("gate, compare, 2 sequences: no ratio")
+    assert err[1].startswith("The machine was busy: in 2 of 2 runs")
 
 
 @pytest.mark.parametrize(
