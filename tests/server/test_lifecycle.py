@@ -167,6 +167,29 @@ def test_command_drains_at_a_signal() -> None:
         assert process.wait(30) == 0
 
 
+def test_a_second_signal_cuts_off_what_is_open() -> None:
+    """Without a word but that it has ended."""
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "1"]
+    with subprocess.Popen(
+        [*command, "-c", "60000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1].rstrip(",")
+        with httpx.Client(base_url=url, timeout=60) as client:
+            body = {**ENDLESS, "stream": True, "max_tokens": 50_000}
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                until(lambda: client.get("/health").status_code == 503)
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(httpx.ProtocolError):
+                    list(lines)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert said.splitlines() == ["pyllamabatch: drained"]
+
+
 def test_signals_where_loops_have_no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows. Those that were there before come back."""
     before = signal.getsignal(signal.SIGTERM)
