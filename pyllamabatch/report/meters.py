@@ -166,12 +166,14 @@ class Gpus:
     def read(self) -> Sample:
         """device_bytes: of the processes; where the driver knows none of them (it may number them
         otherwise in a container), what the devices hold more than when this was made."""
-        known = [
-            process.usedGpuMemory
-            for device in self._devices
-            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(device)
-            if process.pid in self._pids and process.usedGpuMemory is not None
-        ]
+        known: list[int] = []
+        with suppress(self._nvml.NVMLError):  # WSL 2 knows no processes
+            known = [
+                process.usedGpuMemory
+                for device in self._devices
+                for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(device)
+                if process.pid in self._pids and process.usedGpuMemory is not None
+            ]
         used = sum(known) or self._used() - self._before
         found = {"device_bytes": float(used)} if used > 0 else {}
         with suppress(self._nvml.NVMLError):  # before Volta they don't count
@@ -180,7 +182,9 @@ class Gpus:
         return found
 
     def _used(self) -> int:
-        return sum(self._nvml.nvmlDeviceGetMemoryInfo(device).used for device in self._devices)
+        with suppress(self._nvml.NVMLError):  # a GB10 has no memory of its own
+            return sum(self._nvml.nvmlDeviceGetMemoryInfo(device).used for device in self._devices)
+        return 0
 
 
 def descendants(pid: int | None = None) -> list[int]:

@@ -98,6 +98,27 @@ def test_nvml_knows_processes_or_what_came_since(monkeypatch: pytest.MonkeyPatch
     assert gpus.read() == {"device_bytes": 320 * MIB}
 
 
+@pytest.mark.parametrize(
+    ("refused", "found"), [("ComputeRunningProcesses", 500 * MIB), ("MemoryInfo", 300 * MIB)]
+)
+def test_what_nvml_refuses_costs_no_other_figure(
+    monkeypatch: pytest.MonkeyPatch, refused: str, found: int
+) -> None:
+    """WSL 2 knows no processes; a GB10 of a DGX Spark has no memory of its own."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    library: Any = FakeNvml()
+
+    def refuse(device: int) -> Any:
+        raise library.NVMLError
+
+    monkeypatch.setattr(library, f"nvmlDeviceGet{refused}", refuse)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    gpus = Gpus([41])
+    library.used[0] += 500 * MIB
+    library.processes[0] = [(41, 300 * MIB)]
+    assert gpus.read() == {"device_bytes": found, "gpu_energy_joules": 6.0}
+
+
 @pytest.mark.parametrize(("words", "joules"), [("1,7", 1.0), ("GPU-8f", 6.0)])
 def test_nvml_looks_at_the_visible_gpus(
     monkeypatch: pytest.MonkeyPatch, words: str, joules: float
