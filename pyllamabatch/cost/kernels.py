@@ -13,8 +13,9 @@ Expert products are mat-vec per row up to 31 rows, `mul_mm_id` from 32 on.
 
 CUDA (ggml-cuda/mmvq.cuh: `MMVQ_MAX_BATCH_SIZE`; mmvf.cuh; mmf.cu; mmq.cu, the loop over J): quants
 are mat-vec (one template per row count) up to 8 rows, then `mmq`, whose tile is the smallest
-multiple of 8 that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up to 3 to 8 rows
-(mmvf.cu), tensor-core `mmf` up to 16, then cuBLAS. Some chips leave mat-vec earlier: `mmvq.cu`.
+multiple of 8 (of 16 above 48) that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up
+to 1 to 8 rows (mmvf.cu), tensor-core `mmf` up to 16, then cuBLAS. Some chips leave mat-vec earlier
+(mmvq.cu: `ggml_cuda_should_use_mmvq`; K-quants of an RTX 5090 above 5 to 7 rows).
 
 CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_repack_type`;
 arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below four rows, then
@@ -23,8 +24,9 @@ others, those of blocks of 32 (Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL) go in tinyBLAS's 
 wide (two with AVX2 only) and one narrower (vendor/patches/cpu-few-columns.patch: all in one pass
 over the weights), the floats from two rows on in its tiles of up to 6. With AVX2
 Q4_K, Q5_K and Q6_K unpack a block once for all rows, up to `TILED_FEW`, then come tiles of 16
-(tiled/tiled.cpp; vendor/patches/cpu-k-quants.patch); other K-quants go row by row up to seven, then
-in the same tiles (`ggml_tiled_min_batch`). Where the CPU has AMX
+(tiled/tiled.cpp; vendor/patches/cpu-k-quants.patch); other K-quants and most IQ types go row by row
+up to seven, then in the same tiles (`ggml_tiled_supported`, `ggml_tiled_min_batch`): of IQ4_XS a
+tile of sixteen takes less than six rows. Where the CPU has AMX
 (amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`, `TILE_M`), most
 quants have neither: a single row goes through a kernel of its own, and from two on each block of 32
 rows unpacks the weights again and computes them in tiles of 16. A file mixes types (Q4_K_M has Q5_0
@@ -54,7 +56,10 @@ CPU_GROUP = 16
 CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
 CPU_K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
 CPU_K_FEW, CPU_K_FEW_AVX2 = 16, 32  # the second without AVX512_VNNI
-CPU_K_TILE = 16
+CPU_TILE = 16
+CPU_TILED_FROM = 8
+CPU_TILED_TYPES = ("Q2_K", "Q3_K", *CPU_K_TYPES, "IQ4_XS", "IQ3", "IQ2", "IQ1")  # prefixes
+ROW_BY_ROW = "vec_dot"  # a kernel for which each row costs as much as the first one
 AMX_TILES = (16, 32)
 AMX_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
@@ -183,10 +188,14 @@ def _cpu(weight_type: str, features: str, others: Collection[str]) -> Kernels:
     if weight_type in CPU_K_TYPES and "AVX2" in has:
         last = CPU_K_FEW if "AVX512_VNNI" in has else CPU_K_FEW_AVX2
         found = [Regime(1, kernel="few columns"), Regime(2, kernel="few columns"),
-                 Regime(last + 1, CPU_K_TILE, kernel="tiled")]  # fmt: skip
+                 Regime(last + 1, CPU_TILE, kernel="tiled")]  # fmt: skip
         return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
     if any(weight_type in types for name, types in _REPACKED.items() if name in has):
         few, many = "gemv", "gemm of 16 and 4, gemv"
+    elif weight_type.startswith(CPU_TILED_TYPES) and "AVX" in has:
+        found = [Regime(1, kernel=ROW_BY_ROW), Regime(2, kernel=ROW_BY_ROW),
+                 Regime(CPU_TILED_FROM, CPU_TILE, kernel="tiled")]  # fmt: skip
+        return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
     else:
         few = many = "tinyBLAS in tiles of 4 and less, or vec_dot"
     found = [Regime(1, kernel="gemv or vec_dot"), Regime(2, kernel=few), Regime(3, kernel=few),

@@ -10,7 +10,7 @@ from math import hypot
 from typing import NamedTuple
 
 from pyllamabatch.cost import apple
-from pyllamabatch.cost.kernels import CUDA_VEC_MAX, Regime
+from pyllamabatch.cost.kernels import CUDA_VEC_MAX, ROW_BY_ROW, Regime
 from pyllamabatch.cost.terms import DENSE, Experts, Terms
 
 
@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
 # Kernels of few rows take a row four times as long as those for prompts (M2 Ultra: 2.5 to 4.4, DGX
 # Spark 2.6 to 7, H200: 7), and the first tile of a matrix takes as long as 15 to 85 rows more.
 _FEW, _FILL = 4.0, 40
+_ROW = 2.2  # times a row in a matrix kernel, where a CPU goes row by row: IQ4_XS, Q3_K
 _MOST = 512  # rows of a ubatch
 
 GPU = Speeds(1e12, 70e12, 60e-6, few=_FEW, fill=_FILL)
@@ -98,7 +99,8 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
         """From `first` to `last` rows of it: a pass, and each of the rows."""
         if not device.few:
             # Neither reading nor computing is hidden by the other one where both take as long.
-            begin, end = (hypot(dense, n * row) for n in (first, last))
+            one = row * (_ROW if regime.kernel == ROW_BY_ROW else 1)
+            begin, end = (hypot(dense, n * one) for n in (first, last))
             slope = (end - begin) / (last - first)
             return begin - first * slope, slope
         if first > CUDA_VEC_MAX or len(kernels.regimes) == 1:

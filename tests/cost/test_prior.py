@@ -128,6 +128,18 @@ def test_a_cpu_computes_a_few_rows_while_it_reads(sizes: Sizes) -> None:
     assert said == pytest.approx(measured, rel=0.25), said
 
 
+def test_a_cpu_that_goes_row_by_row_has_nothing_to_give_to_a_few() -> None:
+    """IQ4_XS, 2 layers of 16.8M weights, ms of the same thread: sixteen rows are a tile, which
+    takes less than six rows that are none."""
+    measured = {1: 1.62, 2: 3.26, 3: 4.89, 4: 6.60, 16: 9.20}
+    known = kernels("CPU", "IQ4_XS", features="AVX AVX2 AVX512 AVX512_VNNI")
+    sizes = Sizes(18.3e6, 33.8e6, 259 * 1024, 2)
+    cost = CostModel.prior(known, sizes, speeds_of("CPU", "", kind="cpu", n_threads=1))
+    said = [1e3 * cost.predict(n, 0, 0, n) for n in measured]
+    assert said == pytest.approx(list(measured.values()), rel=0.4), said
+    assert cost.predict(4, 0, 0, 4) > 3 * cost.predict(1, 0, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("weights", "features"),
     [("Q4_K", "AVX2 AVX512_VNNI"), ("Q8_0", "AVX2"), ("F16", "AVX2"), ("Q4_K", "NEON DOTPROD")],

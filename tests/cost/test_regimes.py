@@ -120,11 +120,26 @@ def test_cpu_few_rows_of_k_quants() -> None:
     body = function("ggml-cpu/tiled/tiled.cpp", "static bool ggml_tiled_few(")
     assert tuple(re.findall(r"GGML_TYPE_(\w+)", body)) == regimes.CPU_K_TYPES
     tile = number("ggml-cpu/tiled/tiled-kernel.h", r"#define TILED_MICRO +(\d+)")
-    assert tile == regimes.CPU_K_TILE
+    assert tile == regimes.CPU_TILE
     vnni = kernels("CPU", "Q4_K", features="AVX2 AVX512 AVX512_VNNI")
     assert [r.first for r in vnni.regimes] == [1, 2, 17]
     assert [r.first for r in kernels("CPU", "Q6_K", features="AVX2").regimes] == [1, 2, 33]
     assert kernels("CPU", "Q4_K", features="NEON DOTPROD").regimes[-1].rest == "each"
+
+
+def test_cpu_rows_of_other_k_quants() -> None:
+    source = "ggml-cpu/tiled/tiled.cpp"
+    first = number(source, r"return rows >= (\d+) \|\| ggml_tiled_matmul_forced")
+    body = text(source)[text(source).index("// Supported quant types for src0") :]
+    types = re.findall(r"case GGML_TYPE_(\w+):", body[: body.index("return true;")])
+    assert {"Q3_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M"} < set(types)
+    assert all(kind.startswith(regimes.CPU_TILED_TYPES) for kind in types)
+    for kind in set(types) - {*regimes.CPU_K_TYPES}:
+        found = kernels("CPU", kind, features="AVX AVX2").regimes
+        assert [(r.first, r.tile) for r in found] == [(1, 1), (2, 1), (first, regimes.CPU_TILE)]
+    # repacked there, and not in tiles at all
+    assert kernels("CPU", "Q2_K", features="AVX AVX2 AVX512").regimes[-1].rest == "each"
+    assert kernels("CPU", "IQ4_NL", features="AVX").regimes[-1].rest == "each"
 
 
 def test_two_rows_are_a_tile_of_tinyblas_and_three_are_not() -> None:
