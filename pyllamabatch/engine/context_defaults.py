@@ -25,9 +25,8 @@ def why_batch(asked: int, rows: int) -> str:
 
 
 def cuda_gpus(model: Model) -> list[runtime.BackendDevice]:
-    """Those of this machine; none where they compute no layer of `model`."""
-    gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]
-    return gpus if model.offloaded else []
+    """Those that compute layers of `model`."""
+    return [d for d in model.devices() if is_cuda(d.backend)] if model.offloaded else []
 
 
 def ubatch_of(model: Model, given: int | None) -> Chosen:

@@ -178,7 +178,7 @@ def bytes_of_cell(model: Model, params: dict[str, Any]) -> float:
 
 def free_memory(model: Model) -> int:
     """Bytes that a context may take: of the devices, or of the host where none computes."""
-    return (device_free() if model.offloaded else 0) or host_available()
+    return device_free(model) or host_available()
 
 
 def with_speed(layout: Layout, cost_of: CostOf, n_seq_max: int) -> tuple[Layout, bool]:

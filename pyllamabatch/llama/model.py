@@ -19,12 +19,12 @@ from pyllamabatch.raw import ffi, lib
 _NOT_AGAIN = ("load_mode", "vocab_only", "no_alloc")
 
 
-def _offloaded(n_gpu_layers: int, devices: Sequence[str] | None, n_layers: int) -> float:
-    if devices is None:
-        devices = [d.name for d in runtime.devices().values() if d.kind in ("gpu", "igpu")]
-    every = n_layers + 1  # the output counts as one
-    on_devices = every if n_gpu_layers < 0 else min(n_gpu_layers, every)
-    return on_devices / every if devices else 0.0
+def _devices(native: Any, named: Sequence[str] | None) -> Sequence[str]:
+    """Names of those that a model with these parameters may have layers on."""
+    names = [d.name for d in runtime.default_devices()] if named is None else named
+    if native.split_mode == lib.LLAMA_SPLIT_MODE_NONE:
+        return names[native.main_gpu :][:1] if native.main_gpu >= 0 else ()
+    return names
 
 
 class Model(Owner):
@@ -82,6 +82,7 @@ class Model(Owner):
         self._load: dict[str, Any] = again | {"splits": splits, "n_gpu_layers": n_gpu_layers}
         self._no_alloc: bool = native.no_alloc
         self._vocab_only: bool = native.vocab_only
+        self._devices = _devices(native, params.get("devices"))
         names = ffi.new("const char *[]", files)
         ptr, log = runtime.logged(lib.plb_model_load, names, len(files), native)
         if ptr == ffi.NULL:
@@ -110,8 +111,9 @@ class Model(Owner):
         self.n_swa: int = lib.llama_model_n_swa(ptr)
         self.n_layer_nextn: int = lib.llama_model_n_layer_nextn(ptr)
         """Layers behind those that predict further tokens, loaded or not."""
-        n_layers = self.n_layer + self.n_layer_nextn
-        self.offloaded: float = _offloaded(n_gpu_layers, params.get("devices"), n_layers)
+        every = self.n_layer + self.n_layer_nextn + 1  # the output counts as one
+        on_devices = every if n_gpu_layers < 0 else min(n_gpu_layers, every)
+        self.offloaded: float = on_devices / every if self._devices else 0.0
         """The share of its layers, 0.0 to 1.0, that devices other than the CPU compute."""
         self.rope_type: int = lib.llama_model_rope_type(ptr)
         self.has_encoder: bool = lib.llama_model_has_encoder(ptr)
@@ -146,6 +148,11 @@ class Model(Owner):
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description
         return f"<Model {Path(self.path).name}: {state}>"
+
+    def devices(self) -> list[runtime.BackendDevice]:
+        """Those that may have layers of it, beside the CPU, with what they have free now."""
+        known = runtime.devices()
+        return [known[name] for name in self._devices if name in known]
 
     @cached_property
     def head_dims(self) -> tuple[int, int]:

@@ -77,6 +77,14 @@ def devices() -> dict[str, BackendDevice]:
     return found
 
 
+def default_devices() -> list[BackendDevice]:
+    """Those that libllama takes where none are named (src/llama.cpp:
+    `llama_prepare_model_devices`): the GPUs, or where there are none those that share the host's
+    memory."""
+    every = devices().values()
+    return [d for d in every if d.kind == "gpu"] or [d for d in every if d.kind == "igpu"]
+
+
 def features() -> dict[str, dict[str, str]]:
     """Of every backend, by name: what it was compiled with and finds on this machine."""
     ensure()

@@ -82,9 +82,9 @@ def machine(name: str) -> Machine:
 
 
 def here() -> Machine:
-    """This machine: memory and device limit without our own processes. Several GPUs are added
-    up."""
-    devices = [d for d in runtime.devices().values() if d.kind in ("gpu", "igpu") and d.total]
+    """This machine: memory and device limit without our own processes. Several GPUs are added up,
+    each with what a process takes of it."""
+    devices = [d for d in runtime.default_devices() if d.total]
     if not devices:
         return Machine("here", "cpu", host_memory(), 0, 0, "control group and physical memory")
     total = sum(d.total for d in devices)
@@ -92,4 +92,5 @@ def here() -> Machine:
         wired = sysctl("iogpu.wired_limit_mb") * 2**20
         source = "iogpu.wired_limit_mb" if wired else "recommendedMaxWorkingSetSize"
         return Machine("here", "metal", host_memory(), wired or total, 0, source)
-    return Machine("here", "cuda", host_memory(), total, _CUDA_OVERHEAD, "the driver")
+    overhead = len(devices) * _CUDA_OVERHEAD
+    return Machine("here", "cuda", host_memory(), total, overhead, "the driver")

@@ -200,9 +200,10 @@ def why_not_back(model: Model) -> str:
         return f"libllama {'copies no' if context.n_rs_seq else 'keeps no'} snapshots of it"
 
 
-def device_free() -> int:
-    """Bytes that are free on the devices now; 0 where there is none."""
-    return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
+def device_free(*models: Model) -> int:
+    """Bytes that are free now on the devices that these models have layers on; 0 without any."""
+    devices = {d.name: d for model in models if model.offloaded for d in model.devices()}
+    return sum(device.free for device in devices.values() if device.total)
 
 
 class Beside(NamedTuple):
@@ -223,7 +224,7 @@ def fitting_n_ctx(
 
     Where even a generous guess fits twice, nothing is projected."""
     both = [Beside(model, int, params), *([beside] if beside else ())]
-    devices = device_free() if any(one.model.offloaded for one in both) else 0
+    devices = device_free(*(one.model for one in both))
     available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
     generous = sum(_generous(one.model, one.cells(n_ctx), one.params) for one in both)
     if 2 * generous <= (devices or available.total):

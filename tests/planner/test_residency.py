@@ -10,13 +10,20 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.planner import residency
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, machine
-from pyllamabatch.planner.residency import Footprint, MemoryPool, Projector, most
+from pyllamabatch.planner.residency import (
+    Footprint,
+    MemoryPool,
+    Projector,
+    device_free,
+    most,
+)
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -206,6 +213,40 @@ def test_measured_processes(tiny_llama_path: Path, capsys: pytest.CaptureFixture
         assert 0 < found["pss"] < found["rss"]
         assert 0 < found["shared"] < found["rss"]
         assert found["planned"] > found["base"] > 0
+
+
+def test_what_is_free_is_what_the_models_own_devices_have(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two GPUs and of one that shares the host's memory, which libllama takes where there are no
+    others."""
+    gpu = runtime.BackendDevice("CUDA0", "", "gpu", "CUDA", 2**10, 80 * GIB)
+    other = gpu._replace(name="CUDA1", free=60 * GIB)
+    shared = gpu._replace(name="CUDA2", kind="igpu", free=30 * GIB)
+    devices = {one.name: one for one in (gpu, other, shared)}
+    monkeypatch.setattr(runtime, "devices", lambda: devices)
+    for params, free in (
+        ({}, gpu.free + other.free),
+        ({"devices": ["CUDA0"]}, gpu.free),
+        ({"devices": ["CUDA0", "CUDA2"]}, gpu.free + shared.free),
+        ({"split_mode": "none"}, gpu.free),
+        ({"split_mode": "none", "main_gpu": 1}, other.free),
+        ({"split_mode": "none", "main_gpu": -1}, 0),
+        ({"n_gpu_layers": 0}, 0),
+    ):
+        with Model(tiny_llama_path, **params) as model:
+            assert device_free(model) == free, params
+            assert bool(model.offloaded) == bool(free)
+    assert here().device_limit == 160 * GIB
+    monkeypatch.setattr("pyllamabatch.llama.limits.host_available", lambda: 0)
+    with (
+        Model(tiny_llama_path, devices=["CUDA0"]) as model,
+        pytest.raises(NotEnoughMemory, match="available"),
+    ):
+        Context(model, n_ctx=4096)
+    del devices["CUDA0"], devices["CUDA1"]
+    with Model(tiny_llama_path) as model:
+        assert device_free(model) == shared.free
 
 
 @pytest.fixture
