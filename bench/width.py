@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -38,7 +37,7 @@ from bench.targets import Figure, Target
 from bench.views import failures, paired_ratios
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
+from pyllamabatch.cost.profile import Profile, load_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.medians import pairs
 from pyllamabatch.report.records import Record
@@ -137,8 +136,7 @@ def profile_of(
 ) -> Profile | None:
     """None: the engines look for one."""
     if options.profile:
-        named = options.profile in shipped_names()
-        return shipped_profile(options.profile) if named else Profile.load(Path(options.profile))
+        return load_profile(options.profile)
     if not options.calibrate or not cases:
         return None
     case = cases[0]

@@ -3,12 +3,14 @@
 Steps of many shapes (rows, prompt rows, KV depth, sequences; one pool of cells
 or cells of each sequence's own) are timed with random tokens until the budget
 is spent. The cost model is fitted to them. The profile goes into the user's
-cache folder, where `Engine` and `pyllamabatch simulate` find it. Ctrl-C saves
-what is measured. Where other load disturbed too many steps of a kind, nothing
-is saved, and the exit status is 1."""
+cache folder, where `Engine` and `pyllamabatch simulate` find it. Steps of a
+layout that is not measured anew stay in it. Ctrl-C saves what is measured.
+Where other load disturbed too many steps of a kind, nothing is saved, and the
+exit status is 1."""
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,7 +23,7 @@ from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
 from pyllamabatch.engine.context_defaults import ubatch_of
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ProfileError
 from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.tables import Table
 
@@ -60,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
             model, budget=args.budget, layouts=layouts, progress=progress.update, **params
         )
     path = args.out or folder / file_name(profile.key)
+    if args.out is None:
+        with suppress(ProfileError):  # there is none, or it is damaged
+            profile = profile.beside(Profile.load(path))
     profile.save(path)
     found = {"profile": str(path), **summary(profile)}
     if args.json:

@@ -68,6 +68,8 @@ def calibrate(
         raise ArgumentError("layouts", layouts, f"must be of {', '.join(LAYOUTS)}")
     if not budget > 0:
         raise ArgumentError("budget", budget, "must be seconds")
+    for name in context_params.keys() & {"n_ctx", "kv_unified"}:
+        raise ArgumentError(name, context_params[name], "calibration sets it itself: see layouts")
     began = time.monotonic()
     profile: Profile | None = None
     complete = True

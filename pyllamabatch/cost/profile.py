@@ -10,18 +10,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from math import log2
 from pathlib import Path
 from typing import Any
 
 from pyllamabatch.cost.kernels import Kernels, Regime, is_cuda
-from pyllamabatch.errors import ProfileError
+from pyllamabatch.errors import ArgumentError, ProfileError
 from pyllamabatch.llama.host import whole_file
 from pyllamabatch.models.cache import cache_folder
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "profiles"
 _THREADS_APART = 2  # doublings: an engine corrects a fit by a factor of four
+_BUILD = ("llama_cpp", "driver")
 _SHARES_APART = 0.1  # of the weights, on the device
 
 
@@ -154,6 +156,14 @@ class Profile:
         samples = self.only(unified=unified).samples
         return [kind for kind, of_kind in KINDS.items() if not any(map(of_kind, samples))]
 
+    def beside(self, earlier: Profile) -> Profile:
+        """With the earlier profile's steps of a layout that this one has none of, where they are of
+        the same device, context and build."""
+        mine, theirs = ((p.key, p.kernels, *map(p.about.get, _BUILD)) for p in (self, earlier))
+        measured = {sample.unified for sample in self.samples}
+        others = (s for s in earlier.samples if mine == theirs and s.unified not in measured)
+        return replace(self, samples=(*self.samples, *others))
+
     def to_json(self) -> str:
         """One JSON object, a sample a line."""
         data = {"schema": SCHEMA, **asdict(self)}
@@ -255,9 +265,10 @@ def _stored(model: str) -> Iterator[Profile]:
                     yield Profile.from_json(text, path.name)
 
 
-def load_profile(name: str | None = None) -> Profile:
+def load_profile(name: str | None = None, *, argument: str = "profile") -> Profile:
     """A profile by name: shipped, saved by `pyllamabatch calibrate` (the file's name without
-    .json), or a file. Without a name the one that was saved last. Raises ProfileError."""
+    .json), or a file. Without a name the one that was saved last. ArgumentError, which calls the
+    name `argument`, for what is none; ProfileError for a file that is damaged, and for no file."""
     folder = profile_folder()
     if name is None:
         saved = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
@@ -268,10 +279,17 @@ def load_profile(name: str | None = None) -> Profile:
                 f"no saved profile: run `pyllamabatch calibrate`, or name one of {known}",
             )
         return Profile.load(saved[-1])
-    for path in (SHIPPED / f"{name}.json", folder / f"{name}.json"):
+    for path in (SHIPPED / f"{name}.json", folder / f"{name}.json", Path(name)):
         if path.is_file():
             return Profile.load(path)
-    return Profile.load(name)
+    near = get_close_matches(name, known_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ArgumentError(argument, name, f"{hint}a profile: {', '.join(known_names())}")
+
+
+def known_names() -> list[str]:
+    """Of the profiles that are shipped, and of those that are saved."""
+    return [*shipped_names(), *sorted(path.stem for path in profile_folder().glob("*.json"))]
 
 
 def shipped_profile(name: str) -> Profile:

@@ -6,7 +6,6 @@ tokens are those of one sentence, which says that no model wrote it."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ import numpy as np
 
 from pyllamabatch.cost.graphs import Graphs, NativeCall
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import Profile, load_profile, profile_folder, shipped_names
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
+from pyllamabatch.cost.profile import Profile, load_profile
+from pyllamabatch.errors import UnsupportedOperation, integer
 from pyllamabatch.kv import KvAccounting, Slots
 from pyllamabatch.llama.host import PathLike
 from pyllamabatch.machine.device import FakeDevice, SampledRow, Times
@@ -52,15 +51,10 @@ class ProfileMachine:
         """By a profile's name (shipped, or saved by `pyllamabatch calibrate`) or its file. Its GPU
         is the one that CUDA_VISIBLE_DEVICES names: Ray gives a replica one of its own so.
         ArgumentError for what is none, ProfileError for a file that is damaged."""
-        path = Path(name)
-        if not path.is_file() and str(name) not in (known := known_names()):
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ArgumentError("machine", str(name), f"{hint}a profile: {', '.join(known)}")
-        profile = load_profile(str(name))
+        profile = load_profile(os.fspath(name), argument="machine")
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         digest = hashlib.sha256((profile.to_json() + gpu).encode()).hexdigest()
-        return cls(profile, f"{path.stem}-{digest[:12]}")
+        return cls(profile, f"{Path(name).stem}-{digest[:12]}")
 
     @property
     def on_gpu(self) -> bool:
@@ -83,12 +77,6 @@ class ProfileMachine:
     def cost(self, *, unified: bool, n_ubatch: int) -> CostModel:
         """What a step takes. Where the profile has no steps of this layout, by the other one's."""
         return CostModel.fit(self.profile, unified=unified, n_ubatch=n_ubatch)
-
-
-def known_names() -> list[str]:
-    """Profiles that a machine can be named after."""
-    saved = sorted(path.stem for path in profile_folder().glob("*.json"))
-    return [*shipped_names(), *saved]
 
 
 @dataclass

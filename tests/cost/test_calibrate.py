@@ -294,7 +294,15 @@ def test_disturbed_steps_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"budget": 0}, {"layouts": ()}, {"layouts": ("both",)}, {"budget": float("nan")}]
+    "bad",
+    [
+        {"budget": 0},
+        {"layouts": ()},
+        {"layouts": ("both",)},
+        {"budget": float("nan")},
+        {"n_ctx": 4096},
+        {"kv_unified": True},
+    ],
 )
 def test_bad_arguments(tiny_llama_path: Path, bad: dict[str, Any]) -> None:
     with Model(tiny_llama_path) as model, pytest.raises(ArgumentError):
@@ -323,6 +331,17 @@ def test_command(
     assert len(Profile.load(path).samples) == said["samples"]
     assert Profile.load(path).n_ubatch == 64  # an engine's own
     assert set(said["layouts"]) == {"unified", "streams"}
+    # The other layout's steps stay, where the build is the same.
+    before = Profile.load(path)
+    assert main([*common, "--layout", "unified", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["layouts"]) == {"unified", "streams"}
+    after = Profile.load(path)
+    streams = [[s for s in p.samples if not s.unified] for p in (before, after)]
+    assert streams[0] == streams[1] != []
+    assert [s for s in before.samples if s.unified] != [s for s in after.samples if s.unified]
+    other = replace(before, about={**before.about, "llama_cpp": "b1"})
+    one = replace(before, samples=tuple(s for s in before.samples if s.unified))
+    assert one.beside(other) == one
     out = tmp_path / "x.json"
     monkeypatch.setattr(meters, "psutil", None)
     assert main([*common, "--layout", "streams", "--out", str(out)]) == 0

@@ -20,10 +20,11 @@ from pyllamabatch.cost.profile import (
     Shape,
     file_name,
     find_profile,
+    load_profile,
     profile_folder,
 )
 from pyllamabatch.cost.rig import Rig
-from pyllamabatch.errors import ProfileError
+from pyllamabatch.errors import ArgumentError, ProfileError
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import Part, memory_parts
@@ -213,6 +214,15 @@ def test_damaged_profiles(change: tuple[str, str]) -> None:
 def test_missing_profile(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"nothing\.json"):
         Profile.load(tmp_path / "nothing.json")
+
+
+def test_profiles_by_name(cache: Path) -> None:
+    made = profile(Key("device", "CPU", "model"))
+    made.save(profile_folder() / "mine.json")
+    assert load_profile() == load_profile("mine") == made
+    assert load_profile(str(profile_folder() / "mine.json")) == made
+    with pytest.raises(ArgumentError, match=r"profile='mind': did you mean mine\?"):
+        load_profile("mind")
 
 
 def test_engine_finds_its_profile(cache: Path, tiny_llama_path: Path) -> None:

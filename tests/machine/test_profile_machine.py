@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.cost.profile import shipped_profile
+from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, UnsupportedOperation
-from pyllamabatch.machine.profile_machine import SENTENCE, ProfileMachine, known_names
+from pyllamabatch.machine.profile_machine import SENTENCE, ProfileMachine
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import check_idle, held, stopped_clock
 from tests.support.machines import FASTER, M2, fast_profile
@@ -212,7 +212,7 @@ def test_what_it_can_not_do(engine: Engine) -> None:
 
 
 def test_every_shipped_profile_is_a_machine() -> None:
-    for name in known_names():
+    for name in shipped_names():
         machine = ProfileMachine.named(name)
         for unified in (False, True):
             cost = machine.cost(unified=unified, n_ubatch=512)
