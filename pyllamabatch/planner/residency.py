@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from pyllamabatch.errors import NotEnoughMemory, integer
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.context import Context, device_computes_all
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.host import PathLike, host_available
 from pyllamabatch.llama.limits import MAX_CTX, memory_parts
@@ -224,10 +224,11 @@ def fitting_n_ctx(
 
     Where even a generous guess fits twice, nothing is projected."""
     both = [Beside(model, int, params), *([beside] if beside else ())]
-    devices = device_free(*(one.model for one in both))
-    available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
+    devices, host = device_free(*(one.model for one in both)), host_available()
+    available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host))
     generous = sum(_generous(one.model, one.cells(n_ctx), one.params) for one in both)
-    if 2 * generous <= (devices or available.total):
+    whole = all(device_computes_all(one.model, one.params) for one in both)
+    if 2 * generous <= (devices or host) and (whole or 2 * generous <= host):
         return n_ctx
     with ExitStack() as stack:
         loads: list[dict[str, Any]] = [one.model._load for one in both]

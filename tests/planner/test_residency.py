@@ -22,6 +22,7 @@ from pyllamabatch.planner.residency import (
     MemoryPool,
     Projector,
     device_free,
+    fitting_n_ctx,
     most,
 )
 
@@ -260,6 +261,27 @@ def test_an_engine_shrinks_what_it_chooses(tiny_llama_path: Path, little: None) 
         with Engine(model, n_seq_max=4, n_ubatch=64, n_threads=1) as engine:
             assert 256 <= engine.n_ctx < wanted
             assert len(engine.generate([[5, 6, 7]])[0].tokens) > 0
+
+
+@pytest.mark.parametrize(
+    ("load", "params"), [({"n_gpu_layers": 1}, {}), ({}, {"offload_kqv": False})]
+)
+def test_cells_of_the_cpus_layers_fit_the_hosts_memory(
+    tiny_llama_path: Path,
+    little: None,
+    monkeypatch: pytest.MonkeyPatch,
+    load: dict[str, Any],
+    params: dict[str, Any],
+) -> None:
+    """However much a GPU has that computes the others."""
+    gpu = runtime.BackendDevice("CUDA0", "", "gpu", "CUDA", 2**40, 2**40)
+    devices = {**runtime.devices(), "CUDA0": gpu}
+    monkeypatch.setattr(runtime, "devices", lambda: devices)
+    with Model(tiny_llama_path, **load) as model:
+        n_ctx = fitting_n_ctx(model, 2**20, shrink=True, n_seq_max=1, n_ubatch=64, **params)
+        assert 256 <= n_ctx < 2**20
+    with Model(tiny_llama_path) as model:
+        assert fitting_n_ctx(model, 2**20, shrink=True, n_seq_max=1, n_ubatch=64) == 2**20
 
 
 def test_an_engine_refuses_what_it_is_given(tiny_llama_path: Path, little: None) -> None:
