@@ -16,17 +16,18 @@ from .policies.shortest import shortest
 from .policies.slo import slo
 from .policies.static import static
 from .policies.width import width
-from .policy import PlanBuilder, Policy, Round, Verdict, Width
+from .policy import Mix, PlanBuilder, Policy, Round, Speculation, Verdict, Width
 from .queue import SequenceList
 from .rules import RULES
 from .scheduler import Scheduler
 from .step import Counters, PromptChunk, Step
-from .view import KvView, Limits, Plan, Prefix, SequenceView, StepView
+from .view import Drafts, KvView, Limits, Plan, Prefix, Prices, SequenceView, StepView
 
 __all__ = [
-    "RULES", "ComposedPolicy", "CostWindow", "Counters", "ExpectedSequence", "Gather", "Gathering",
-    "Invariance", "KvOptions", "KvView", "Limits", "Plan", "PlanBuilder", "Policy", "Prefix",
-    "PromptChunk", "Round", "Scheduler", "SequenceList", "SequenceView", "Step", "StepView",
-    "Verdict", "Width", "Window", "device_aware", "fair", "fcfs", "make_policy", "mlfq",
-    "policy_names", "prefill_first", "prefix", "sarathi", "shortest", "slo", "static", "width",
+    "RULES", "ComposedPolicy", "CostWindow", "Counters", "Drafts", "ExpectedSequence", "Gather",
+    "Gathering", "Invariance", "KvOptions", "KvView", "Limits", "Mix", "Plan", "PlanBuilder",
+    "Policy", "Prefix", "Prices", "PromptChunk", "Round", "Scheduler", "SequenceList",
+    "SequenceView", "Speculation", "Step", "StepView", "Verdict", "Width", "Window", "device_aware",
+    "fair", "fcfs", "make_policy", "mlfq", "policy_names", "prefill_first", "prefix", "sarathi",
+    "shortest", "slo", "static", "width",
 ]  # fmt: skip

@@ -45,6 +45,14 @@ def test_the_tables_are_complete() -> None:
     assert set(first) >= set(policy_names())
 
 
+def test_what_parts_are_given_and_answer_is_there() -> None:
+    parts = REFERENCE[REFERENCE.index("| part |") : REFERENCE.index(":::")]
+    names = set(re.findall(r"`(?:\w+=)?([A-Z][a-z]\w+)", parts)) - {"None"}
+    defaults = {"WhenItFits", "TokenBudget", "ByGain"}
+    assert names - defaults <= set(scheduler.__all__)
+    assert names >= defaults | {"Verdict", "Mix", "Round", "Speculation", "StepView"}
+
+
 def test_the_commands_name_real_policies() -> None:
     specs = re.findall(r"--policy (\S+)", REFERENCE)
     assert len(specs) == 2
