@@ -23,6 +23,7 @@ from pyllamabatch.scheduler import (
 )
 from pyllamabatch.scheduler.policies.parts import whole_batch
 from tests.support.scheduler_machine import Machine
+from tests.support.views import waiting
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
 
@@ -247,6 +248,28 @@ def test_a_part_that_answers_something_else_is_told(part: str, answer: Any) -> N
     made.add(1, 10, 5, arrival=0.0)
     with pytest.raises(ArgumentError, match=rf"{part}={answer!r}: must "):
         made.plan(0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (lambda running: running, r"victim=\d: .* not in builder.preempt yet"),
+        (lambda running: running and running.id, r"victim=\d: .* a running sequence or None"),
+        (lambda running: running and waiting(7), "victim=Seq.* a running sequence or None"),
+    ],
+    ids=["twice", "id", "waiting"],
+)
+def test_a_victim_that_can_not_be_preempted_is_told(answer: Any, match: str) -> None:
+    """The newest is always named, also where that is not enough."""
+
+    def victim(builder: PlanBuilder, seq: SequenceView) -> Any:
+        return answer(next(reversed(builder.view.running), None))
+
+    machine = Machine(Limits(64, 64, 8, n_cells=40, n_cells_seq=40), ComposedPolicy(victim=victim))
+    for id in range(1, 9):
+        machine.add(id, 4, 20)
+    with pytest.raises(ArgumentError, match=match):
+        machine.run()
 
 
 @pytest.mark.parametrize("policy", ["mlfq", 3, Forgets, object()], ids=str)

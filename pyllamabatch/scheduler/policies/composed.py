@@ -143,7 +143,7 @@ class ComposedPolicy:
         """`builder` with victims enough that `seq` is admitted, or as it was."""
         trial, verdict = builder, Verdict.STOP
         while verdict is Verdict.STOP:
-            victim = self.victim(trial, seq)
+            victim = self._victim(trial, seq)
             if victim is None:
                 return builder, Verdict.STOP
             trial = builder.copy() if trial is builder else trial
@@ -154,9 +154,20 @@ class ComposedPolicy:
     def _verdict(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
         return self.admit(builder, seq) if builder.slots > 0 else Verdict.STOP
 
+    def _victim(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+        victim = self.victim(builder, seq)
+        if victim is None:
+            return None
+        if not (isinstance(victim, SequenceView) and victim.running):
+            raise ArgumentError("victim", victim, "must answer with a running sequence or None")
+        if victim.id in builder.preempt:
+            limit = "must answer with one that is not in builder.preempt yet, or None"
+            raise ArgumentError("victim", victim.id, limit)
+        return victim
+
     def _advance(self, builder: PlanBuilder, seq: SequenceView) -> None:
         while builder.cells < 1:
-            victim = self.victim(builder, seq)
+            victim = self._victim(builder, seq)
             if victim is None:
                 return
             builder.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
