@@ -42,6 +42,9 @@ Include = Literal[
 ]  # fmt: skip
 
 
+DETAILS = {"incomplete": {"reason": "max_output_tokens"}}
+
+
 class TextFormat(JsonSchema):
     """`JsonSchema` is flat here."""
 
@@ -203,6 +206,7 @@ class ResponsesAnswer(Answer):
         self._blocks = Blocks()
         self._ids: list[str] = []  # of the items
         self._n_events = 0
+        self._status = "completed"  # of a block that is closed
         self._head = {
             "id": f"resp_{uuid4().hex}",
             "object": "response",
@@ -248,6 +252,7 @@ class ResponsesAnswer(Answer):
 
     def finish(self, i: int, result: Result) -> bytes:
         left = self._events(rest_of(self._turn, self._reader, result))
+        self._status = status_of(result)
         return left + b"".join(self._block_event(event) for event in self._blocks.close())
 
     def end(self, results: Sequence[Result]) -> bytes:
@@ -276,7 +281,7 @@ class ResponsesAnswer(Answer):
                 return opened
             where |= {"item_id": item["id"], "content_index": 0}
             return opened + self._event("content_part.added", **where, part=_text_part("", []))
-        item = self._item(block, "completed")
+        item = self._item(block, self._status)
         where["item_id"] = item["id"]
         if block.kind != "tool":
             where["content_index"] = 0
@@ -304,16 +309,16 @@ class ResponsesAnswer(Answer):
         return named_event(kind, {"type": kind, "sequence_number": number, **values})
 
     def _complete(self, result: Result, blocks: Sequence[Block]) -> dict[str, Any]:
-        cut = result.finish_reason != "stop"
-        status = "incomplete" if cut else "completed"
+        output = [self._item(block, "completed") for block in blocks]
+        output[-1]["status"] = status = status_of(result)
         (n_prompt, n_cached), n = tokens.prompt_usage([result]), result.n_generated
         thoughts = [block.text for block in blocks if block.kind == "reasoning"]
         n_thoughts = sum(tokens.n_within(text, result.tokens, self._piece) for text in thoughts)
         return {
             **self._head,
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [self._item(block, status) for block in blocks],
+            "incomplete_details": DETAILS.get(status),
+            "output": output,
             "usage": {
                 "input_tokens": n_prompt,
                 "input_tokens_details": {"cached_tokens": n_cached},
@@ -350,6 +355,11 @@ class ResponsesAnswer(Answer):
                     "arguments": block.text,
                     "status": status,
                 }
+
+
+def status_of(result: Result) -> str:
+    """Of the answer, and of its last item."""
+    return "completed" if result.finish_reason == "stop" else "incomplete"
 
 
 def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -157,6 +157,20 @@ def test_a_cut_off_answer_is_read_as_far_as_it_goes(hermes: Served) -> None:
     assert choice["message"]["content"].strip() == "I look."
 
 
+def test_the_item_that_is_cut_off_says_so(hermes: Served) -> None:
+    """An agent runs what is complete, as it comes."""
+    tool = {"type": "function", **FUNCTION}
+    body = {"input": [USER], "tools": [tool], "max_output_tokens": len(SAID) - 20, **FORCED}
+    statuses = ["completed", "completed", "incomplete"]
+    whole = hermes.ok("/v1/responses", body)
+    assert [item["status"] for item in whole["output"]] == statuses
+    *events, last = hermes.events("/v1/responses", body)
+    assert [item["status"] for item in last["response"]["output"]] == statuses
+    done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    assert [item["status"] for item in done] == statuses
+    assert done[-1]["name"] == "weather"
+
+
 def test_log_probabilities_are_those_of_an_answer_that_is_all_text(hermes: Served) -> None:
     body = {"input": "Hi", "include": ["message.output_text.logprobs"]}
     assert hermes.refused("/v1/responses", body)["param"] == "include"
