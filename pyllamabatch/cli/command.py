@@ -87,8 +87,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args, unknown = build_parser(words).parse_known_args(words)
     command: Parser = vars(args).pop("parser")
     if unknown:
-        known = command._option_string_actions
-        near = get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.7)
+        word, known = unknown[0].partition("=")[0], command._option_string_actions
+        if word in known:
+            command.error(f"{word} goes behind {command.prog}")
+        near = get_close_matches(word, known, n=1, cutoff=0.7)
         command.error(f"unknown: {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
     return args
 
