@@ -43,6 +43,7 @@ class BatchFile:
         self._events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         self._early: dict[int, Row] = {}
         self.n_resumed = 0  # rows of an earlier run
+        self.n_failed = 0  # of these, lines that could not be run
 
     def resume(self) -> None:
         """Pass over the lines whose rows are written. ArgumentError for rows of other lines."""
@@ -60,7 +61,7 @@ class BatchFile:
                     "or the model has changed since. Go back to what it was, use another --out, "
                     "or --overwrite to start again"
                 )
-            self.n_resumed += 1
+            self._resumed(row)
         self._early = self._results.early_rows()
 
     def run(self, submit: Callable[[InputLine], Stream]) -> None:
@@ -98,9 +99,13 @@ class BatchFile:
         row = self._early.pop(line.number, None)
         if row is None or row["key"] != self._key(line):
             return False
-        self.n_resumed += 1
+        self._resumed(row)
         self._add(index, row)
         return True
+
+    def _resumed(self, row: Row) -> None:
+        self.n_resumed += 1
+        self.n_failed += "error" in row
 
     def _start(self, index: int, line: InputLine, submit: Callable[[InputLine], Stream]) -> bool:
         """Whether its request is under way."""

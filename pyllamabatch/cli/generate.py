@@ -14,8 +14,8 @@ of the request), in the order of the input. A line that can't be run is reported
 on the standard error and has an output line with finish_reason "error" and the
 field error.
 
-Run the same command again after an interruption: finished lines stay, the
-others are answered.
+Run the same command again after an interruption: finished lines stay, those
+with an error, too; the others are answered.
 Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
 130 interrupted."""
 
@@ -116,8 +116,9 @@ def run(args: argparse.Namespace) -> int:
         if notes.n_same:
             progress.note(f"{notes.n_same} more with the same problems: see the field error")
         if batch.n_resumed and not args.quiet:
-            progress.note(f"{batch.n_resumed} lines were finished before")
-        return 1 if notes.problems else 0
+            failed = f", {batch.n_failed} of them with an error" if batch.n_failed else ""
+            progress.note(f"{batch.n_resumed} lines were finished before{failed}")
+        return 1 if notes.problems or batch.n_failed else 0
 
 
 class Requests:

@@ -164,7 +164,8 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files, capsys: Any) 
         assert (f"in.jsonl:{line}: id " in errors) == (line in bad)
         assert ("error" in row) == (line in bad)
     assert "'temp' (temperature?)" in errors
-    assert files.run(*args) == 0, "error rows count as finished"
+    assert files.run(*args) == 1, "error rows count as finished, not as answered"
+    assert "10 lines were finished before, 7 of them with an error" in capsys.readouterr().err
     assert files.run(*args, "--overwrite", "--ignore-unknown") == 1
     assert "error" not in files.rows()[-2], "line 10"
 
