@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from pyllamabatch.cli.input_lines import InputLine
@@ -16,6 +17,8 @@ from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchError
 
 ENGINE_FAILED = (EngineClosed, FatalDecodeError)  # every other error is that of one request
+
+TURN_S = 0.5
 
 T = TypeVar("T")
 Event = tuple[int, InputLine, Stream | None]
@@ -70,7 +73,7 @@ class BatchFile:
         threading.Thread(target=self._read, name="generate-reader", daemon=True).start()
         reading, n_open = True, 0
         while reading or n_open:
-            event = self._events.get()
+            event = self._next_event()
             if isinstance(event, BaseException):
                 raise event
             if event is None:
@@ -82,6 +85,12 @@ class BatchFile:
                 self._answer(index, line, _attempt(stream.result))
             elif not self._took_early(index, line):
                 n_open += self._start(index, line, submit)
+
+    def _next_event(self) -> Event | BaseException | None:
+        """Waits in turns: a signal that comes just before a wait does not interrupt it."""
+        while True:
+            with suppress(queue.Empty):
+                return self._events.get(timeout=TURN_S)
 
     def _read(self) -> None:
         """The reader thread."""

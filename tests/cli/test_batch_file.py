@@ -2,7 +2,10 @@
 
 import io
 import json
+import queue
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -183,3 +186,31 @@ def test_a_read_error_ends_the_run() -> None:
 
     with pytest.raises(OSError, match="the disk is gone"):
         batch_on(ResultFile("stdout", io.BytesIO()), broken()).run(FakeEngine().submit)
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that comes just before it: here another thread gets it. The handler is the main
+    thread's, which waits for a line that does not come."""
+    waits, over = threading.Event(), threading.Event()
+
+    class Events(queue.SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            waits.set()
+            return super().get(block, timeout)
+
+    def open_pipe() -> Iterator[bytes]:
+        waits.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        over.wait()
+        yield b""
+
+    monkeypatch.setattr("queue.SimpleQueue", Events)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            batch_on(ResultFile("stdout", io.BytesIO()), open_pipe()).run(FakeEngine().submit)
+    finally:
+        over.set()
+        signal.signal(signal.SIGUSR1, before)
