@@ -1,5 +1,6 @@
 """Every file of `examples/` runs with the embedded model and prints what it is about."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,19 @@ def test_an_example(name: str) -> None:
 
 def test_all_are_there() -> None:
     assert EXAMPLES.keys() >= PRINTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("--speculate", "own_drafter.py:Again"), ("--policy", "own_policy.py:memory_aware")],
+)
+def test_what_the_command_line_takes_of_one_runs_nothing_else(
+    flag: str, name: str, tmp_path: Path
+) -> None:
+    asked = tmp_path / "in.jsonl"
+    asked.write_text('{"prompt": "Copy: hello"}\n')
+    words = ["generate", "-np", "1", "-n", "4", "--ignore-eog", "--prompts", str(asked), flag]
+    done = python("-m", "pyllamabatch", *words, str(EXAMPLES["own_policy.py"].parent / name))
+    assert done.returncode == 0, done.stderr
+    (row,) = done.stdout.splitlines()
+    assert json.loads(row)["n_generated"] == 4

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", default="-", metavar="FILE", help="input (-: stdin)")
     add("--out", default="-", metavar="FILE", help="output (-: stdout)")
-    add("--parallel", type=at_least(1), default=16, metavar="N",
+    add("-np", "--parallel", type=at_least(1), default=16, metavar="N",
         help="requests that run at once (16)")
     add("--window", type=at_least(1), metavar="N",
         help="lines read ahead of the last one written (4 times --parallel)")
