@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -28,7 +29,9 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         )
         self._open: Counter[ReplicaID] = Counter()
         self._routed: dict[str, ReplicaID] = {}  # the requests that are open
-        self._on_the_way: dict[str, tuple[ReplicaID, PendingRequest]] = {}
+        self._on_the_way: dict[str, tuple[ReplicaID, ref[PendingRequest]]] = {}
+        """Those that no replica has taken yet. Of one that is given up before it is sent Ray does
+        not tell: it forgets it."""
 
     async def choose_replicas(
         self,
@@ -48,15 +51,15 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         }
         call: RoutedCall = pending_request.args[0]
         chosen = self._router.choose(call.prompt, seen, call.key)
-        self._on_the_way[id] = chosen, pending_request
+        self._on_the_way[id] = chosen, ref(pending_request)
         others = sorted(seen.keys() - {chosen}, key=lambda name: n_open[name])
         return [[replicas[name]] for name in (chosen, *others)]
 
     def _n_open(self) -> Counter[ReplicaID]:
         """Requests by replica, those included that were not sent yet."""
-        gone = [id for id, (_, one) in self._on_the_way.items() if one.future.cancelled()]
-        for id in gone:
-            del self._on_the_way[id]
+        for id, (_, pending) in [*self._on_the_way.items()]:
+            if (one := pending()) is None or one.future.cancelled():
+                del self._on_the_way[id]
         return self._open + Counter(name for name, _ in self._on_the_way.values())
 
     def on_request_routed(
@@ -67,9 +70,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         self._open[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        sent = self._on_the_way.get(internal_request_id)
-        if sent is not None and sent[1].future.done():  # its client left before a replica said yes
-            del self._on_the_way[internal_request_id]
+        self._on_the_way.pop(internal_request_id, None)  # no replica has taken it, and none will
         if self._routed.get(internal_request_id) != replica_id:
             return  # of what all replicas are asked, or what this one has refused
         del self._routed[internal_request_id]
