@@ -67,7 +67,7 @@ def counts(text: str) -> list[int]:
 def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1e9")
     return value
 
 

@@ -217,6 +217,7 @@ def test_the_gate_sets_the_status(
         (["--ctx-size", "17"], "--ctx-size"),
         (["-n", "0"], "--num-sequences"),
         (["--limit", "0"], "--limit"),
+        (["--rate", "1e9"], "below 1e9"),
         (["--protocol", "poisson"], "--rate"),
         (["--total-memory", "1G", "--arms", "engine"], "--total-memory"),
         (["--speculate", "ngram", "--arms", "shared"], "--speculate"),
