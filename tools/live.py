@@ -25,7 +25,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 
 def describe(engine: Engine) -> str:
     """Device and model."""
-    device, _ = where.device_of(engine._stepper._ready())
+    device = where.shares_of(engine._stepper._ready()).device
     return f"{device.description}, {engine.model.description}"
 
 

@@ -34,9 +34,9 @@ def cost_of(context: Context, *, unified: bool) -> CostModel:
     known = kernels(backend, kind, moe=experts.n > 0, features=has, device=key.device)
     n_output = model.n_vocab * model.n_embd
     sizes = Sizes(model.size_bytes, model.n_params, n_output, model.n_layer, experts)
-    device, _ = where.device_of(context)
-    speeds = speeds_of(backend, key.device, kind=device.kind, n_threads=context.n_threads)
+    shares = where.shares_of(context)
+    speeds = speeds_of(backend, key.device, kind=shares.device.kind, n_threads=context.n_threads)
     if not backend.startswith("CPU"):
         cpu = speeds_of("CPU", "", kind="cpu", n_threads=context.n_threads)
-        speeds = in_turn(speeds, cpu, where.shares_of(context).get("", 0.0))
+        speeds = in_turn(speeds, cpu, shares.on_cpu)
     return CostModel.prior(known, sizes, speeds, n_ubatch, unified=unified)

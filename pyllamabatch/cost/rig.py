@@ -35,7 +35,8 @@ class Took(NamedTuple):
 
 class Rig(Owner):
     """One context and stepper. Times are those of the native step: build, decode, wait, sample
-    (with the default sampling parameters), in seconds. n_threads: see `where.threads_of`."""
+    (with the default sampling parameters), in seconds. n_threads: of the CPU that compute; 0 where
+    devices hold all layers."""
 
     def __init__(self, model: Model, *, n_seq_max: int, n_ctx: int, **context_params: Any) -> None:
         self.context = Context(
@@ -59,10 +60,10 @@ class Rig(Owner):
         self._states: dict[int, bytes] = {}  # of a sequence, by depth
         self._seconds_per_token = 0.0
         self._n_reused = 0  # graphs, so far
-        self.n_threads = where.threads_of(self.context)
+        shares = where.shares_of(self.context)
+        self.n_threads = self.context.n_threads if shares.with_cpu else 0
         # Beside a device they wait for it.
-        whole = where.shares_of(self.context).get("", 0.0) >= where.WHOLE
-        self._n_awake = self.n_threads if whole else 0
+        self._n_awake = self.n_threads if shares.on_cpu >= where.WHOLE else 0
         for seq in range(n_seq_max):
             self.stepper.set_slot(seq, _SAMPLING)
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.profile import Key, Profile
@@ -93,30 +94,34 @@ def fingerprint(model: Model) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def shares_of(context: Context) -> dict[str, float]:
-    """Of the weights that rows pass, by the name of the device that holds them; "" is the CPU."""
+class Shares(NamedTuple):
+    """Where a context computes. device: the one that holds most of the weights, and its share of
+    those that rows pass. on_cpu: the CPU's share."""
+
+    device: runtime.BackendDevice
+    share: float
+    on_cpu: float
+
+    @property
+    def with_cpu(self) -> bool:
+        """The CPU computes some of the layers, or all."""
+        return self.on_cpu > 1 - WHOLE
+
+
+def shares_of(context: Context) -> Shares:
+    """Reads the header of the model's file where the CPU holds some of it, and not all."""
     devices = runtime.devices()
-    held: Counter[str] = Counter()
+    held: Counter[str] = Counter()  # by the name of the device; "" is the CPU
     for part in memory_parts(context):
         kind = devices[part.device].kind if part.device in devices else "cpu"
         held["" if part.host or kind == "cpu" else part.device] += part.model
     if held[""] and len(held) > 1:
         held[""] = max(0, held[""] - weigh(context.model).input_bytes)
-    total = sum(held.values())
-    return {name: n / total for name, n in held.items()} if total else {"": 1.0}
-
-
-def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
-    """The device that holds most of the weights, and its share of those that rows pass."""
-    devices, shares = runtime.devices(), shares_of(context)
-    name = max(shares, key=lambda n: shares[n])
+    if not (total := sum(held.values())):
+        held[""] = total = 1
+    name = max(held, key=lambda n: held[n])
     device = devices[name] if name else next(d for d in devices.values() if d.kind == "cpu")
-    return device, shares[name]
-
-
-def threads_of(context: Context) -> int:
-    """Threads of the CPU that compute; 0 where devices hold all layers."""
-    return context.n_threads if shares_of(context).get("", 0.0) > 1 - WHOLE else 0
+    return Shares(device, held[name] / total, held[""] / total)
 
 
 def file_type(model: Model) -> str:
@@ -130,14 +135,14 @@ def file_type(model: Model) -> str:
 
 def key_of(context: Context) -> Key:
     """What a profile for this context must match."""
-    device, share = device_of(context)
+    device, share, _ = shares = shares_of(context)
     params = context.params
     settings: dict[str, int | str] = {
         name: runtime.text(lib.ggml_type_name(params[name])) for name in ("type_k", "type_v")
     }
     settings |= {"n_ubatch": context.n_ubatch, "flash_attn": int(params["flash_attn_type"])}
-    if n_threads := threads_of(context):
-        settings["n_threads"] = n_threads
+    if shares.with_cpu:
+        settings["n_threads"] = context.n_threads
     if share < WHOLE:
         settings["on_device"] = f"{share:.2f}"
     return Key(device.description, device.backend, fingerprint(context.model), settings)

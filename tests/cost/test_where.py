@@ -135,6 +135,24 @@ def test_threads_are_awake_all_the_time_where_the_cpu_alone_computes(
             assert [took.disturbed for took in rig.time(Shape(1), 2)] == [disturbed] * 2
 
 
+def test_a_file_that_two_devices_hold_is_read_once_for_a_key(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, held_by: Callable[..., None]
+) -> None:
+    """A large vocabulary takes tenths of a second."""
+    read: list[Model] = []
+    with Model(tiny_llama_path) as model, Context(model, n_ctx=64) as context:
+        weighed = where.weigh(model)
+
+        def weigh(model: Model) -> where.Weights:
+            read.append(model)
+            return weighed
+
+        monkeypatch.setattr(where, "weigh", weigh)
+        held_by(3, 0, 1, weighed.input_bytes)
+        assert where.key_of(context).context["on_device"] == "0.75"
+        assert read == [model]
+
+
 def test_key(tiny_llama_path: Path) -> None:
     with Model(tiny_llama_path) as model, Context(model, n_ctx=64, n_threads=1) as context:
         key = where.key_of(context)
