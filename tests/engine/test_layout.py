@@ -69,7 +69,7 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
     short, long = prompt(40), prompt(1100, 7)
     with engine_on(model, kv_unified=True, n_ctx=2048) as engine:
         expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
-    with engine_on(model, n_ctx=2048, speculate="auto") as engine:
+    with engine_on(model, n_ctx=2048, speculate="auto", cost=Linear(row_s=1e-6)) as engine:
         with held(engine, 24):
             first = engine.submit(short, greedy(300))
             iterator = iter(first)
@@ -119,7 +119,7 @@ def test_an_answer_that_outgrows_its_stream_goes_on_with_the_same_tokens(
     params = [greedy(n, logit_bias=LOOP if drafts else {}) for n in (300, 200)]
     with engine_on(model, kv_unified=True, n_ctx=1024, speculate=None) as engine:
         expected = [r.tokens for r in engine.generate(prompts, params)]
-    with engine_on(model, n_ctx=1024, **options) as engine:
+    with engine_on(model, n_ctx=1024, cost=Linear(row_s=1e-6), **options) as engine:
         assert [r.tokens for r in engine.generate(prompts, params)] == expected
         assert engine.limits.unified
         stats = engine.stats()
