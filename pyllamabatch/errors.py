@@ -222,7 +222,10 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number (NumPy's too) in low..high, as a float. Raises `ArgumentError`."""
     real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
-    x = float(value) if real else math.nan  # type: ignore[arg-type]
+    try:
+        x = float(value) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        x = math.inf
     if not math.isfinite(x):
         raise ArgumentError(name, value, "must be a finite number")
     if not low <= x <= high:

@@ -57,9 +57,9 @@ class Context(Owner):
     may have), `n_batch`, `n_ubatch`, `n_seq_max`, `n_rs_seq` and `pooling_type` are its choice.
     `capabilities` tells what `memory` can do.
 
-    Arrays that it returns are views on libllama's buffers, valid until the next decode or encode
-    of this context: copy what must last. They keep the context's memory alive, so reading one
-    after `close` is safe."""
+    Embeddings are views on libllama's buffers, valid until the next decode or encode of this
+    context: copy what must last. They keep the context's memory alive, so reading one after `close`
+    is safe. Logits are copies."""
 
     def __init__(
         self,

@@ -128,8 +128,9 @@ class SamplingParams:
         frozen: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
             key = integer("logit_bias", token, 0, INT32_MAX)
-            excluded = isinstance(bias, float) and bias == -math.inf
-            frozen[key] = bias if excluded else number(f"logit_bias[{key}]", bias, -1e30, 1e30)
+            frozen[key] = -math.inf
+            if bias != -math.inf:
+                frozen[key] = number(f"logit_bias[{key}]", bias, -1e30, 1e30)
         self._set("logit_bias", frozen)
 
     def _check_grammar(self) -> None:

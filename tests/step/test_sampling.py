@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ BAD: list[tuple[str, Any]] = [
     *[("max_tokens", value) for value in (-1, 2**31, 1.5, "8", None, True)],
     *[("min_tokens", value) for value in (-1, 129, 2.0)],
     *[("temperature", value) for value in (-0.1, math.nan, math.inf, 1e-9, "hot", None, True)],
+    ("temperature", Fraction(10**400)),  # more than a float holds
     *[("top_k", value) for value in (-2, 2**31, 0.5)],
     *[
         (name, value)
@@ -71,7 +73,7 @@ def test_values_are_normalised() -> None:
     params = SamplingParams(
         stop="end",
         stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
-        logit_bias={np.int32(5): 1},
+        logit_bias={np.int32(5): 1, 6: np.float32(-math.inf)},
         max_tokens=np.int64(7),
         temperature=1,
     )
@@ -80,7 +82,7 @@ def test_values_are_normalised() -> None:
     assert type(params.max_tokens) is int
     assert type(params.temperature) is float
     assert {type(token) for token in params.logit_bias} == {int}
-    assert params.logit_bias == {5: 1.0}
+    assert params.logit_bias == {5: 1.0, 6: -math.inf}
 
 
 def test_values_can_be_shared_and_varied() -> None:
