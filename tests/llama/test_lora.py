@@ -1,13 +1,16 @@
 """LoRA adapters: applied, scaled, dropped; what keeps them alive."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from pyllamabatch import Context, LoraAdapter, Model
 from pyllamabatch.errors import AdapterError, ArgumentError, ClosedError, UnsupportedOperation
+from tests.support.child import run_itself
 from tests.support.decoding import decode
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
@@ -66,6 +69,22 @@ def test_contexts_keep_what_they_use(model: Model, lora_path: Path) -> None:
         assert np.abs(run(context) - expected).max() > 0.5
 
 
+def test_threads_may_load_and_free_them_at_once() -> None:
+    """In a process of its own: a list that two threads changed at once ended it."""
+    run_itself(__file__)
+
+
+def load_and_free(path: Path) -> None:
+    def many(_: int) -> None:
+        for _ in range(150):
+            adapters = [LoraAdapter(model, path) for _ in range(40)]
+            del adapters
+
+    write_lora(path)
+    with Model(gguf_path("llama")) as model, ThreadPoolExecutor(8) as pool:
+        list(pool.map(many, range(8)))
+
+
 def test_of_another_model(model: Model, lora_path: Path) -> None:
     with (
         Model(gguf_path("llama")) as twin,
@@ -104,3 +123,8 @@ def test_files_that_are_none(model: Model, tmp_path: Path) -> None:
 def test_needs_weights(lora_path: Path) -> None:
     with Model(gguf_path("llama"), vocab_only=True) as model, pytest.raises(UnsupportedOperation):
         LoraAdapter(model, lora_path)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        load_and_free(Path(folder) / "lora.gguf")
