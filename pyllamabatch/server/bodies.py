@@ -196,7 +196,7 @@ def parsed(kind: type[B], values: Mapping[str, Any]) -> B:
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Lora = str | dict[str, Number] | list[dict[str, Any]]
-LogitBias = dict[str, Number] | list[list[int | str | float | bool]]
+LogitBias = dict[str, Number | bool] | list[list[int | str | float | bool]]
 
 
 class JsonSchema(Body):
@@ -383,13 +383,13 @@ def stops_of(given: str | list[str], name: str) -> tuple[str, ...]:
 
 
 def bias_of(given: LogitBias | None, tokens_of: Any) -> dict[int, float]:
-    """llama-server's pairs, whose token may be a text (`tokens_of` gives its tokens) and whose bias
-    may be false (never); or OpenAI's object."""
+    """llama-server's pairs, whose token may be a text (`tokens_of` gives its tokens); or OpenAI's
+    object. A bias may be false (never)."""
     bias: dict[int, float] = {}
     pairs = given.items() if isinstance(given, dict) else given or ()
     for pair in pairs:
         key, value = pair if len(pair) == 2 else (None, "")
-        if not isinstance(key, (int, str)) or isinstance(value, str):
+        if not isinstance(key, (int, str)) or isinstance(value, str) or value is True:
             raise invalid("logit_bias", pair, "must be a token (id or text) and a number or false")
         if isinstance(key, str) and len(key) > BIAS_CHARS_MAX:
             limit = f"at most {BIAS_CHARS_MAX} for a token"
