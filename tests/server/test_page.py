@@ -290,10 +290,11 @@ def test_recorded_in_a_browser(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "steps.html"
     steps = [made_up_step(i) for i in range(300)]
     steps[0]["reasons"] = {"3": "</script> or <!--<script>"}  # a policy's own words
+    steps += [{**steps[-1], "at": 3000.0 + i, "lanes": []} for i in range(20_000)]
     path.write_text(live.page(steps, "steps.json"))
     page.goto(path.as_uri())
     assert page.title() == "steps.json"
-    assert page.evaluate("[window.batch.steps.length, window.batch.nSlots]") == [300, 64]
+    assert page.evaluate("[window.batch.steps.length, window.batch.nSlots]") == [20_300, 64]
     assert not page.is_visible("#chat")
 
 

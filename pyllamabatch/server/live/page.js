@@ -55,7 +55,7 @@ function addSteps(steps) {
     }
     state.nCells = Math.max(state.nCells, step.kv_used);
   }
-  const excess = state.steps.length - STEPS_MAX;
+  const excess = RECORDED ? 0 : state.steps.length - STEPS_MAX;
   if (excess > 0) {
     state.steps.splice(0, excess);
     state.first += excess;
