@@ -43,7 +43,7 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler.router import ROUTERS
+from pyllamabatch.scheduler.router import DEFAULT_ROUTER, ROUTERS
 
 N_TRACE = 2048  # steps that the live page can look back on
 # fmt: off
@@ -94,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("several engines (extra `ray`)").add_argument
     add("--replicas", metavar="N|MIN-MAX", help="engines behind one address, on Ray Serve")
     add("--gpus-per-replica", type=float, default=0.0, metavar="N", help="or a share of one (0)")
-    add("--router", default="prefix-affinity", type=router_named, choices=tuple(ROUTERS),
-        help="which of them gets a request (prefix-affinity)")
+    add("--router", default=DEFAULT_ROUTER, type=router_named, choices=tuple(ROUTERS),
+        help=f"which of them gets a request ({DEFAULT_ROUTER})")
     add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.",
                            "each of them draws with this one", without=["logprobs"])
 

@@ -31,8 +31,8 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report.plots import styled
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.scheduler.router import DEFAULT_ROUTER, ROUTERS
 from pyllamabatch.sim import (
-    ROUTERS,
     EngineSpec,
     at_load,
     draw_acceptance,
@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency", type=float, default=0.0, metavar="S",
         help="seconds of a request on its way to the engine and back, a server's or a fleet's (0)")
     add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
-    add("--router", default="least-outstanding", type=router_named, choices=tuple(ROUTERS),
-        help="which of them gets a request (least-outstanding)")
+    add("--router", default=DEFAULT_ROUTER, type=router_named, choices=tuple(ROUTERS),
+        help=f"which of them gets a request ({DEFAULT_ROUTER})")
     add = parser.add_argument_group("output").add_argument
     add("--jsonl", type=Path, metavar="FILE", help="figures and every request")
     add("--markdown", type=Path, metavar="FILE", help="the table")

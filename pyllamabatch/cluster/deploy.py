@@ -19,11 +19,11 @@ from starlette.responses import Response
 
 from ..errors import ArgumentError, integer, number
 from ..llama.host import usable_cores
-from ..scheduler.router import REPORT_SECONDS, make_router
+from ..scheduler.router import DEFAULT_ROUTER, REPORT_SECONDS, make_router
 from ..server.options import ServerOptions
 from .front import Front
 from .replica import OpenApp, Replica
-from .router import DEFAULT, FleetRouter
+from .router import FleetRouter
 
 APPLICATION = "pyllamabatch"
 LOOPBACK = "127.0.0.1"
@@ -46,7 +46,7 @@ class FleetOptions:
     max_replicas: int
     gpus_per_replica: float = 0.0
     n_gpus: int | None = None
-    router: str = DEFAULT
+    router: str = DEFAULT_ROUTER
     n_seq_max: int = 16
     max_open: int = 1040
 

@@ -7,10 +7,15 @@ from weakref import ref
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from ..scheduler.router import BYTES_PER_TOKEN, PrefixAffinity, ReplicaView, Router, make_router
+from ..scheduler.router import (
+    BYTES_PER_TOKEN,
+    DEFAULT_ROUTER,
+    PrefixAffinity,
+    ReplicaView,
+    Router,
+    make_router,
+)
 from .call import RoutedCall
-
-DEFAULT = "prefix-affinity"
 
 
 def seen_of(n_open: int, said: Mapping[str, Any]) -> ReplicaView:
@@ -23,9 +28,9 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
     of one of `pyllamabatch.scheduler.router.ROUTERS`. For one event loop."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        name = kwargs.get("router", DEFAULT)
+        name = kwargs.get("router", DEFAULT_ROUTER)
         self._router: Router = (
-            PrefixAffinity(unit=BYTES_PER_TOKEN) if name == DEFAULT else make_router(name)
+            PrefixAffinity(unit=BYTES_PER_TOKEN) if name == DEFAULT_ROUTER else make_router(name)
         )
         self._open: Counter[ReplicaID] = Counter()
         self._routed: dict[str, ReplicaID] = {}  # the requests that are open

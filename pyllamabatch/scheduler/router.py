@@ -166,6 +166,8 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "prefix-affinity": PrefixAffinity,
 }
 
+DEFAULT_ROUTER = "prefix-affinity"
+
 
 def make_router(name: str) -> Router:
     """ArgumentError names those that there are."""

@@ -12,7 +12,7 @@ from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
 from pyllamabatch.scheduler import Policy, make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.scheduler.policy import check_policy
-from pyllamabatch.scheduler.router import REPORT_SECONDS, make_router
+from pyllamabatch.scheduler.router import DEFAULT_ROUTER, REPORT_SECONDS, make_router
 from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
 from pyllamabatch.sim.replica import EngineSpec, SimulatedReplica
@@ -48,7 +48,7 @@ def simulate(
     policy: str | Policy | Callable[[], Policy] = DEFAULT,
     *,
     n_replicas: int = 1,
-    router: str = "least-outstanding",
+    router: str = DEFAULT_ROUTER,
     n_trace: int = 0,
 ) -> Simulated:
     """Run `requests` on `n_replicas` engines. policy: a name with options (see `make_policy`), a
@@ -133,7 +133,7 @@ def at_load(
     load: float,
     *,
     n_replicas: int = 1,
-    router: str = "least-outstanding",
+    router: str = DEFAULT_ROUTER,
 ) -> list[TraceRequest]:
     """Their arrivals stretched to `load` times the capacity of such engines: the requests a second
     that end when all of them arrive at once. Raises ArgumentError."""

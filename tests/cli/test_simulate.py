@@ -1,5 +1,7 @@
 """pyllamabatch simulate."""
 
+import argparse
+import inspect
 import json
 import os
 import re
@@ -10,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.cli import main
+from pyllamabatch.cli import main, serve
+from pyllamabatch.cli import simulate as cli_simulate
 from pyllamabatch.cli.batch_file import problem_fields
 from pyllamabatch.cli.simulate import split_policies
 from pyllamabatch.cost.profile import profile_folder, shipped_profile
@@ -18,7 +21,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.server import live
-from pyllamabatch.sim import EngineSpec, Simulated, load_acceptance, simulate
+from pyllamabatch.sim import EngineSpec, Simulated, at_load, load_acceptance, simulate
 
 PROFILE = ["simulate", "--profile", "m2-ultra-gemma-3-4b-it-qat"]
 TRACE = ["--trace", "poisson:rate=2,n=30,prompt=10-200,output=5-40"]
@@ -202,6 +205,15 @@ def test_a_routers_name_may_be_cut_short(capsys: pytest.CaptureFixture[str]) -> 
     assert found[2] == pytest.approx(found[0] + 0.5)
     with pytest.raises(SystemExit):
         main([*fleet, "p r"])
+
+
+def test_a_simulated_fleet_is_routed_as_a_live_one() -> None:
+    found = [inspect.signature(one).parameters["router"].default for one in (simulate, at_load)]
+    for command in (cli_simulate, serve):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        found.append(parser.get_default("router"))
+    assert found == ["prefix-affinity"] * 4
 
 
 def test_the_profile_that_was_saved_last_is_taken(
