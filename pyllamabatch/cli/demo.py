@@ -9,7 +9,6 @@ Exit status: 0 if at least 8 in 10 answers of each pass are right, else 1."""
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,11 +214,9 @@ class Board:
         return results
 
     def _say_answers(self) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
         for i, (task, stream) in enumerate(zip(self._tasks, self.streams, strict=True), 1):
             mark = "right" if is_right(task, stream.text) else f"WRONG, not {task.answer!r}"
-            line = f"{i:3} {task.kind:8} {question(task, 44)} -> {stream.text.strip()} ({mark})"
-            say(line.encode(encoding, "replace").decode(encoding))
+            say(f"{i:3} {task.kind:8} {question(task, 44)} -> {stream.text.strip()} ({mark})")
 
     def table(self) -> Table:
         from rich.table import Table
