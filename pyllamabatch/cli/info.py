@@ -102,7 +102,7 @@ def engine_defaults(model: Model) -> dict[str, Any]:
             "sequences": engine.n_seq_max,
             "layout": str(engine.layout),
             "cells": engine.n_ctx,
-            "cells_of_a_sequence": engine.n_ctx_seq,
+            "most_cells_of_a_sequence": engine.n_ctx_seq,
             "n_batch": engine.n_batch,
             "n_ubatch": engine.n_ubatch,
             "threads": threads,

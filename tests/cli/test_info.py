@@ -34,6 +34,7 @@ def test_json(capsys: Any) -> None:
     with Engine(Model.default()) as engine:
         assert about["engine"]["layout"] == str(engine.layout)
         assert about["engine"]["sequences"] == engine.n_seq_max
+        assert about["engine"]["most_cells_of_a_sequence"] == engine.n_ctx_seq
         assert about["engine"]["threads"] == engine._context.n_threads
         assert about["engine"]["n_ubatch"] == engine.n_ubatch
 
