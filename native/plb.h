@@ -142,6 +142,8 @@ typedef struct plb_slot   plb_slot;
 
 typedef struct plb_engine_params {
     int32_t n_outputs_max;  /* the n_outputs_max that the context was made with; 0 = n_batch */
+    int32_t n_outputs_per_seq; /* its n_outputs_max_per_seq: where a step has more drafted rows of a sequence,
+                                  the host samples them */
     int32_t n_logprobs_max; /* columns of top_token/top_logprob, 0..1024 */
     int32_t n_threads;      /* threads that sample, the caller's included, 1..512 */
     int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */

@@ -57,19 +57,6 @@ bool placement::on_device(int32_t n_rows, bool able) {
     return on_;
 }
 
-bool placement::keep_off(int32_t n_rows, bool able) {
-    n_linger_ = LINGER + 1;
-    return linger(n_rows, able);
-}
-
-bool placement::linger(int32_t n_rows, bool able) {
-    const bool known = mode_ == PLB_DEVICE_SAMPLING_AUTO && n_rows >= cheaper_from_;
-    --n_linger_;
-    on_    = false;
-    trial_ = 0;
-    return able && (known || mode_ == PLB_DEVICE_SAMPLING_ON);
-}
-
 void placement::took(int32_t n_rows, bool on_device, int64_t ns) {
     if (mode_ != PLB_DEVICE_SAMPLING_AUTO) {
         return;

@@ -19,12 +19,6 @@ public:
 
     // For the step that is about to be decoded. able: all its rows can be sampled either way.
     bool on_device(int32_t n_rows, bool able);
-    // The same for a step of a run that keeps to the host for a reason of its own: that is no sign of
-    // how often steps can't. True: the device would have been asked. To go there and back is dear, so
-    // the next steps stay, too: they are to be asked for by `lingers` and `linger`.
-    bool keep_off(int32_t n_rows, bool able);
-    bool lingers() const { return n_linger_ > 0; }
-    bool linger(int32_t n_rows, bool able);
     // What a step of nothing but sampled rows took.
     void took(int32_t n_rows, bool on_device, int64_t ns);
     // The device can't: never again.
@@ -37,7 +31,6 @@ private:
     static constexpr int32_t N_FIRST  = 4;    // steps after a change that rebuild graphs
     static constexpr int32_t CALM     = 8;    // steps that could before one does
     static constexpr int32_t CALM_MAX = 2048;
-    static constexpr int32_t LINGER   = 32;   // steps: a prompt and what follows until there are drafts again
 
     struct times {
         std::array<int64_t, N_TIMES> ns;
@@ -54,7 +47,6 @@ private:
     int32_t cheaper_from_, dearer_to_ = 0;
     times   host_, device_;
     int32_t trial_ = 0; // rows that are tried out, 0: none
-    int32_t n_linger_ = 0;
 };
 
 } // namespace plb

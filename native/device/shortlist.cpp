@@ -69,12 +69,12 @@ void free_member(llama_sampler * sampler) {
     delete static_cast<member *>(sampler->ctx);
 }
 
-bool backend_init(llama_sampler * sampler, ggml_backend_buffer_type_t type, uint32_t n_per_seq) {
+bool backend_init(llama_sampler * sampler, ggml_backend_buffer_type_t type, uint32_t) {
     shortlist::shared & shared = *self(sampler).shared;
     ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
     const bool cpu = device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    shared.refused = shared.refused || n_per_seq != 1 || (cpu && !shared.on_cpu) ||
-                     !supported(device, shared.n_vocab);
+    shared.refused =
+        shared.refused || (cpu && !shared.on_cpu) || !supported(device, shared.n_vocab);
     return !shared.refused;
 }
 
@@ -82,8 +82,8 @@ void backend_reset(llama_sampler * sampler) {
     self(sampler).shared->graph_context = nullptr;
 }
 
-// Asked once for every sequence of the context, those without a row in this graph included: they
-// are given row 0.
+// Asked for every output of every sequence of the context; those without a row in this graph are given
+// row 0.
 void backend_apply(llama_sampler * sampler, ggml_context * ctx, ggml_cgraph * graph,
                    llama_sampler_data * data) {
     const auto & [shared_ptr, seq] = self(sampler);
@@ -103,14 +103,13 @@ void backend_apply(llama_sampler * sampler, ggml_context * ctx, ggml_cgraph * gr
         shared.logits = made.logits;
         shared.ids    = made.ids;
         if (n_rows > 0) {
-            shared.graphs.push_back({shared.serial, n_rows, {}});
-            shared.graphs.back().row_of.resize((size_t) shared.n_seq_max);
+            shared.seq_of = &shared.graphs[shared.serial];
+            shared.seq_of->assign((size_t) n_rows, -1);
         }
     }
-    if (n_rows > 0 && seq < shared.n_seq_max) {
-        shared.graphs.back().row_of[(size_t) seq] = row;
-    }
-    if (row == 0) { // the first row carries what belongs to all
+    if (row > 0) {
+        (*shared.seq_of)[(size_t) row] = seq;
+    } else { // the first row carries what belongs to all
         data->logits     = shared.logits;
         data->candidates = shared.ids;
     }
@@ -181,10 +180,13 @@ void shortlist::detach() {
     free_chains();
     shared_.graphs.clear();
     shared_.graph_context = nullptr;
+    shared_.seq_of = nullptr;
 }
 
 bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
-    heads_.clear();
+    own_rows_.clear();
+    next_of_.assign((size_t) shared_.n_seq_max, -1);
+    last_of_.assign((size_t) shared_.n_seq_max, -1);
     rows.assign((size_t) batch.n_tokens, {});
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         const uint32_t n = batch.logits[i] ? llama_get_sampled_logits_count_ith(ctx_, i) : 0;
@@ -192,30 +194,34 @@ bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
             continue;
         }
         const float * logits = llama_get_sampled_logits_ith(ctx_, i);
-        const int32_t serial = (int32_t) logits[n - 1];
-        const auto graph = std::find_if(shared_.graphs.begin(), shared_.graphs.end(),
-                                        [&](const shared::graph & g) { return g.serial == serial; });
-        if (graph == shared_.graphs.end() || (int64_t) n != (int64_t) SHORTLIST * (graph->n_rows + 1) + 1) {
+        const llama_token * ids = llama_get_sampled_candidates_ith(ctx_, i);
+        const auto graph = shared_.graphs.find((int32_t) logits[n - 1]);
+        if (graph == shared_.graphs.end() || n != SHORTLIST * (graph->second.size() + 1) + 1) {
             return false;
         }
-        heads_.push_back({logits, llama_get_sampled_candidates_ith(ctx_, i), &*graph});
-        rows[(size_t) i] = {logits, heads_.back().ids};
+        rows[(size_t) i] = {logits, ids};
+        for (size_t row = 1; row < graph->second.size(); ++row) {
+            const llama_seq_id of = graph->second[row];
+            if (of < 0 || of >= shared_.n_seq_max) {
+                return false;
+            }
+            const auto seq = (size_t) of;
+            int32_t & before = last_of_[seq] < 0 ? next_of_[seq] : own_rows_[(size_t) last_of_[seq]].next;
+            before = last_of_[seq] = (int32_t) own_rows_.size();
+            own_rows_.push_back({{logits + row * SHORTLIST, ids + row * SHORTLIST}, -1});
+        }
     }
+    // The rows of a sequence come in the batch's order.
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         if (!batch.logits[i] || rows[(size_t) i].logit != nullptr) {
             continue;
         }
-        const auto seq = (size_t) batch.seq_id[i][0];
-        for (const head & head : heads_) {
-            const int64_t row = head.graph->row_of[seq];
-            if (row > 0) { // it is an output of this graph, and a sequence has only one
-                rows[(size_t) i] = {head.logits + row * SHORTLIST, head.ids + row * SHORTLIST};
-                break;
-            }
-        }
-        if (rows[(size_t) i].logit == nullptr) {
+        int32_t & next = next_of_[(size_t) batch.seq_id[i][0]];
+        if (next < 0) {
             return false;
         }
+        rows[(size_t) i] = own_rows_[(size_t) next].row;
+        next = own_rows_[(size_t) next].next;
     }
     return true;
 }

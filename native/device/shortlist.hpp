@@ -8,6 +8,7 @@
 #include "plb.h"
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 struct ggml_tensor;
@@ -18,7 +19,7 @@ constexpr int32_t SHORTLIST = 128; // candidates of a row that travel
 
 // Rows of so many graphs are known; then libllama is made to drop all its graphs. Which of them it
 // may use again, it does not say.
-constexpr size_t MOST_GRAPHS = 1024;
+constexpr size_t MOST_GRAPHS = 1 << 13;
 
 // One row's SHORTLIST candidates, in no order.
 struct short_row {
@@ -43,8 +44,8 @@ public:
     bool attach();
     void detach();
     bool attached() const { return !chains_.empty(); }
-    // After a decode: the candidates of each of the batch's rows that is an output. False if they
-    // can't be told (not one output per sequence).
+    // After a decode: the candidates of each of the batch's rows that is an output. Where a sequence has
+    // several, all of the batch's rows are. False if they can't be told.
     bool read(const llama_batch & batch, std::vector<short_row> & rows);
 
     // What the samplers of one context share: they are asked one by one for the same graph.
@@ -55,12 +56,9 @@ public:
         int32_t serial  = 0;
         bool    on_cpu  = false;
         bool    refused = false;        // by the device
-        struct graph {
-            int32_t serial;
-            int32_t n_rows;                // outputs
-            std::vector<int32_t> row_of;   // [n_seq_max]: each sequence's; 0 also if it has none
-        };
-        std::vector<graph> graphs; // since it was attached
+        std::vector<llama_seq_id> * seq_of = nullptr; // of that graph
+        // By serial number, since it was attached: the sequence of each output, of the first one -1.
+        std::unordered_map<int32_t, std::vector<llama_seq_id>> graphs;
         int32_t n_seq_max = 0;
         int32_t n_vocab   = 0;
     };
@@ -71,12 +69,12 @@ private:
     llama_context * ctx_;
     shared          shared_;
     std::vector<llama_sampler *> chains_; // [n_seq_max]
-    struct head {
-        const float *        logits;
-        const llama_token *  ids;
-        const shared::graph * graph;
+    struct own_row { // of a graph, not its first one
+        short_row row;
+        int32_t   next; // of the same sequence; -1: none
     };
-    std::vector<head> heads_; // one of each graph of the batch
+    std::vector<own_row> own_rows_;
+    std::vector<int32_t> next_of_, last_of_; // [n_seq_max], in own_rows_
 };
 
 } // namespace plb

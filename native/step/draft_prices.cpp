@@ -9,8 +9,8 @@ namespace plb {
 
 namespace {
 
-// A step's time beyond its own, at most: for a new graph, and for one with other samplers.
-constexpr float GRAPH_MOST = 1, APART_MOST = 16;
+// A step's time beyond its own, at most, for a new graph.
+constexpr float GRAPH_MOST = 1;
 
 // A new graph is dear from this share of a step without drafts on. After so many more steps with it a
 // device has recorded it; what it takes until then is at most so many times what it takes at first.
@@ -154,7 +154,7 @@ bool draft_prices::settled(const step & step) {
     graph_rows_   = step.n_rows;
     n_same_ = step.reused ? n_same_ + 1 : 0;
     const bool dear = width_ < n_priced_ && graph_ > DEAR * seconds_[(size_t) width_];
-    return !step.apart && (!dear || n_same_ >= SETTLED);
+    return !dear || n_same_ >= SETTLED;
 }
 
 void draft_prices::computed(const step & step) {
@@ -166,11 +166,11 @@ void draft_prices::computed(const step & step) {
     }
     const bool priced = n_rows < n_priced_;
     const float took = 1e-9f * (float) step.ns;
-    if (!step.drafted && (before > 0 || step.apart)) { // for which the drafts pay
+    if (!step.drafted && before > 0) { // for which the drafts pay
         // As much as it can be on account of drafts; what is beyond has disturbed it.
         const float said = priced ? seconds_[(size_t) n_rows] : 0;
-        const float more = std::clamp(took - said, -said, (step.apart ? APART_MOST : GRAPH_MOST) * said);
-        if (before > 0 && !step.apart && n_timed_[(size_t) before] > 0 && more > 0) {
+        const float more = std::clamp(took - said, -said, GRAPH_MOST * said);
+        if (n_timed_[(size_t) before] > 0 && more > 0) {
             ns_timed_[(size_t) before] += (int64_t) (1e9f * more);
         }
         credit_ -= more;
@@ -184,8 +184,7 @@ void draft_prices::computed(const step & step) {
     }
     if (step.drafted && priced && width_ < n_priced_) {
         const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;
-        const float apart = step.apart ? APART_MOST * seconds_[(size_t) width_] : 0;
-        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_ + apart);
+        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_);
     }
 }
 

@@ -40,7 +40,6 @@ public:
         int32_t n_rows;
         bool    drafted;
         bool    reused;   // its graph was there
-        bool    apart;    // it took longer than such steps do, on account of drafts
         int64_t ns;       // 0: not known
         int32_t n_tokens; // that its slots have sampled
         int32_t n_slots;

@@ -240,7 +240,7 @@ int32_t drafts::behind(const plb_engine & engine, int32_t n_wanted) {
 }
 
 int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad) {
-    n_each_ = 1;
+    n_each_ = n_longest_ = 1;
     if (!wanted_) {
         return 0;
     }
@@ -264,6 +264,7 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
         const llama_token * token = &token_[(size_t) r.seq * (size_t) n_max_];
         r.first = row;
         r.n     = std::max(1 + r.n_drafted, n_each_) + (&r == &rows_.back() ? n_behind : 0);
+        n_longest_ = std::max(n_longest_, r.n);
         for (int32_t j = 0; j < r.n; ++j, ++row) {
             engine.token[row] = j == 0 || j > r.n_drafted ? slot.next_token : token[j - 1];
             engine.pos[row]   = slot.next_pos + j;
@@ -294,7 +295,7 @@ void drafts::note(const plb_engine & engine, const rows & r, int32_t n_right) {
 
 // In rounds: a row of each slot that goes on, on all sampling threads.
 int32_t drafts::sample(plb_engine & engine, int32_t first) {
-    const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
+    const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
     live_.clear();
     for (size_t i = 0; i < rows_.size(); ++i) {
         live_.push_back((int32_t) i);
@@ -310,9 +311,15 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
             result.row = row;
             const size_t top = (size_t) (first + n + j) * engine.views.n_logprobs_max;
             const int32_t at = engine.gaps ? engine.gaps->row(row) : row;
-            engine.jobs[j] = {engine.slots[r.seq].get(),
-                              has_logits ? llama_get_logits_ith(engine.ctx, at) : nullptr, nullptr,
-                              &result, &engine.top_token[top], &engine.top_logprob[top]};
+            row_job & job = engine.jobs[j];
+            job = {engine.slots[r.seq].get(), nullptr, nullptr, &result, &engine.top_token[top],
+                   &engine.top_logprob[top]};
+            if (engine.info.on_device) {
+                job.logits = engine.short_rows[(size_t) at].logit;
+                job.ids    = engine.short_rows[(size_t) at].id;
+            } else if (has_logits) {
+                job.logits = llama_get_logits_ith(engine.ctx, at);
+            }
         }
         engine.sampler->sample(engine.jobs.data(), n_jobs);
         size_t n_live = 0;
@@ -358,11 +365,8 @@ void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int
     if (ns > 0 && model_ != nullptr && wanted_) { // what it lacked is no part of a step
         ns = drafted ? ns - step_catch_up_ns_ : 0;
     }
-    const bool moved = info.on_device != on_device_;
-    on_device_ = info.on_device;
-    const draft_prices::step step = {info.n_rows + info.n_filled, drafted, reused,
-                                     moved || (stays_off_ && !drafted), ns, info.n_results, n_slots};
-    stays_off_ = false;
+    const draft_prices::step step = {info.n_rows + info.n_filled, drafted, reused, ns, info.n_results,
+                                     n_slots};
     prices_.computed(step);
 }
 

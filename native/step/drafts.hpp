@@ -32,8 +32,6 @@ public:
     // Whether it needs the hidden states of all rows; and rows that were computed, for it.
     bool reads_hidden() const;
     void watch(int32_t n_rows, bool drafted);
-    // Whether the device would have chosen the candidates of this step, were there no drafts.
-    void keep_off(bool off) { stays_off_ = off; }
 
     // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
     int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
@@ -43,6 +41,8 @@ public:
     int32_t write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad);
     // Of the step that was written: rows of each sequence that are there in any case, or 1.
     int32_t n_each() const { return n_each_; }
+    // And of the sequence with most.
+    int32_t n_longest() const { return n_longest_; }
     // Samples its rows, the records from `first` on, and takes back the rest; how many records.
     int32_t sample(plb_engine & engine, int32_t first);
     // Whether libllama took back all rows that it was to, in this run.
@@ -85,6 +85,7 @@ private:
     bool    wanted_    = false;
     bool    took_back_ = true;
     int32_t n_each_    = 1;
+    int32_t n_longest_ = 1;
     std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
     std::vector<int32_t>     n_drafts_, n_drafted_, n_accepted_, n_lacks_; // [n_seq_max]
     std::vector<int32_t>     n_right_;                    // [n_max]
@@ -98,8 +99,6 @@ private:
     std::vector<float>       chance_;                     // [n_seq_max][n_max], where there are prices
     std::vector<draft_offer> offers_;                     // as rows_
     int64_t                  n_reused_ = 0;               // graphs, before the step
-    int32_t                  on_device_ = 0;              // of the step before
-    bool                     stays_off_ = false;          // see keep_off
 };
 
 } // namespace plb

@@ -96,7 +96,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0, 0, 0};
+    return {0, 1, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0, 0, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -127,6 +127,8 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         auto engine = std::make_unique<plb_engine>();
         engine->ctx           = ctx;
         engine->n_outputs_max = std::min(n_outputs, n_batch);
+        engine->n_outputs_per_seq = params->n_outputs_per_seq == 0 ? engine->n_outputs_max
+                                                                   : params->n_outputs_per_seq;
         engine->n_ubatch      = (int32_t) llama_n_ubatch(ctx);
         engine->all_outputs   = params->all_outputs != 0;
         engine->sync          = params->sync != 0;

@@ -159,6 +159,7 @@ struct plb_engine {
     plb::vocabulary words;
     plb_views       views = {};
     int32_t n_outputs_max = 0;
+    int32_t n_outputs_per_seq = 1;
     int32_t n_ubatch      = 0;
     bool    all_outputs   = false;
     bool    sync          = false;

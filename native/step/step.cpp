@@ -121,36 +121,30 @@ bool is_read(const plb_engine & engine, int32_t n_rows) {
            });
 }
 
-// Whether the device may choose for all rows of this step that give an output.
-bool short_enough(plb_engine & engine, int32_t n_rows) {
+// Whether the device may choose for all rows of this step that give an output. Those of a step with drafts
+// are all sampled.
+bool short_enough(plb_engine & engine, int32_t n_rows, bool drafted) {
     if (engine.all_outputs) {
         return false;
     }
     for (int32_t i = 0; i < n_rows; ++i) {
         const bool sampled = engine.flags[i] & PLB_ROW_SAMPLE;
-        if ((engine.flags[i] & PLB_ROW_OUTPUT) || (sampled && !engine.slots[engine.seq[i]]->short_enough)) {
+        if ((!drafted && engine.flags[i] & PLB_ROW_OUTPUT) ||
+            (sampled && !engine.slots[engine.seq[i]]->short_enough)) {
             return false;
         }
     }
-    return each_slot_once(engine, n_rows);
+    return drafted ? engine.drafts->n_longest() <= engine.n_outputs_per_seq : each_slot_once(engine, n_rows);
 }
 
 // Before a decode: where this step's candidates are chosen.
-void choose_place(plb_engine & engine, int32_t n_rows) {
+void choose_place(plb_engine & engine, int32_t n_rows, bool drafted) {
     plb_step_info & info = engine.info;
     if (engine.on_device == nullptr || info.n_outputs == 0) {
         return;
     }
     shortlist & device = *engine.on_device;
-    // Drafts are sampled from whole rows; so are the steps between those that have some.
-    const bool able = short_enough(engine, n_rows);
-    if (engine.drafts && engine.drafts->wanted()) {
-        engine.drafts->keep_off(engine.place.keep_off(info.n_outputs, able));
-    } else if (engine.place.lingers()) {
-        engine.drafts->keep_off(engine.place.linger(info.n_outputs, able));
-    } else {
-        info.on_device = engine.place.on_device(info.n_outputs, able);
-    }
+    info.on_device = engine.place.on_device(info.n_outputs, short_enough(engine, n_rows, drafted));
     if (info.on_device && !device.attach()) {
         info.on_device = 0;
         engine.place.refuse();
@@ -229,7 +223,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
 
     int32_t code = PLB_OK;
     int32_t threw = guarded(engine.error, [&] {
-        choose_place(engine, n_rows);
+        choose_place(engine, n_rows, drafted);
         code = decode(engine, batch);
     });
     const bool cleared = !engine.gaps || engine.gaps->clear();

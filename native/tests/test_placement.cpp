@@ -72,25 +72,6 @@ void what_is_known_is_not_tried() {
     CHECK(steps(place, 64, 100) > 70);
 }
 
-void a_run_that_keeps_to_the_host_is_no_sign() {
-    placement place(PLB_DEVICE_SAMPLING_AUTO, true);
-    for (int i = 0; i < 20; ++i) {
-        CHECK(steps(place, 8, 3) == 3); // at once, however often
-        CHECK(!place.lingers());
-        CHECK(place.keep_off(8, true));
-        CHECK(!place.keep_off(8, false));
-        int n_lingered = 0;
-        for (; place.lingers(); ++n_lingered) {
-            CHECK(place.linger(8, true));
-        }
-        CHECK(n_lingered > 8 && n_lingered < 100);
-    }
-    placement host(PLB_DEVICE_SAMPLING_AUTO), off(PLB_DEVICE_SAMPLING_OFF), on(PLB_DEVICE_SAMPLING_ON);
-    CHECK(!host.keep_off(8, true)); // not known to be cheaper
-    CHECK(!off.keep_off(8, true));
-    CHECK(on.keep_off(8, true));
-}
-
 void modes() {
     placement off(PLB_DEVICE_SAMPLING_OFF), on(PLB_DEVICE_SAMPLING_ON);
     CHECK(steps(off, 64, 100) == 0);
@@ -110,7 +91,6 @@ int main() {
     a_step_that_cannot_is_the_hosts();
     a_batch_that_changes_is_not_judged();
     what_is_known_is_not_tried();
-    a_run_that_keeps_to_the_host_is_no_sign();
     modes();
     return 0;
 }

@@ -216,7 +216,8 @@ def _open(
     if given.get("n_rs_seq"):
         reasons["n_rs_seq"] = "a snapshot of each state for each token that can be taken back"
     n_outputs = _n_outputs(model, options, given)
-    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given)
+    outputs = {"n_outputs_max": n_outputs, "n_outputs_max_per_seq": _n_outputs_per_seq(options)}
+    context = NativeContext(model, n_ctx=n_ctx, **outputs, **given)
     return context, replace(layout, reasons=reasons)
 
 
@@ -267,6 +268,11 @@ def _n_outputs(model: Model, options: EngineOptions, given: dict[str, Any]) -> i
     return min(n, int(given["n_batch"]))
 
 
+def _n_outputs_per_seq(options: EngineOptions) -> int:
+    """Rows of logits of a sequence: with it the device samples those of drafted tokens, too."""
+    return 1 if options.speculate is None else 1 + DRAFT_MOST
+
+
 def make_context(
     model: Model,
     options: EngineOptions,
@@ -283,7 +289,7 @@ def make_context(
             f"the engine runs decoder-only models, {model.architecture} has an encoder; "
             "for vectors of texts there is Embedder(model)"
         )
-    for name in ("embeddings", "n_outputs_max"):
+    for name in ("embeddings", "n_outputs_max", "n_outputs_max_per_seq"):
         if params.get(name):
             raise ArgumentError(name, params[name], "the engine sets it itself")
     if options.batch_invariant:

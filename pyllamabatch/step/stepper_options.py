@@ -76,6 +76,7 @@ def engine_params(context: Context, options: StepperOptions) -> Any:
 
     params = ffi.new("plb_engine_params *")
     params.n_outputs_max = context.n_outputs_max
+    params.n_outputs_per_seq = context.params["n_outputs_max_per_seq"]
     params.all_outputs = bool(context.params["embeddings"])
     params.n_logprobs_max = count("n_logprobs_max", 20, 0, LOGPROBS_MAX)
     params.n_steps_max = count("n_steps_max", 32, 1, 65536)

@@ -14,8 +14,8 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
-from tests.support.decoding import write
-from tests.support.engines import engine_on
+from tests.support.decoding import begin, write
+from tests.support.engines import EXACT, engine_on
 from tests.support.models_gguf import ARCHITECTURES, Architecture, write_gguf
 
 N_SEQ = 5
@@ -127,7 +127,7 @@ def test_a_row_that_asks_for_more_gets_it(model: Model, options: dict[str, Any])
     assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("n_between", [1, 1100])
+@pytest.mark.parametrize("n_between", [1, 8200])
 def test_a_graph_of_long_ago_may_be_used_again(model: Model, n_between: int) -> None:
     """That of decoding, while prompts with an output have graphs of their own; those, too, when
     there were more of them than are remembered."""
@@ -147,6 +147,68 @@ def test_a_graph_of_long_ago_may_be_used_again(model: Model, n_between: int) -> 
             assert run.n_steps == 3
             both.append((tokens, run.token.tolist()))
     assert both[0] == both[1]
+
+
+N_DRAFT = 4
+
+
+def drafted(model: Model, each: Sequence[SamplingParams], right: list[list[int]], **how: Any) -> Any:
+    """Tokens of each, with drafts that are right up to a random token, and whether the device chose
+    in steps with drafts, and without."""
+    outputs = {"n_outputs_max": N_SEQ * (1 + N_DRAFT), "n_outputs_max_per_seq": how.pop("per_seq")}
+    random, tokens = np.random.default_rng(3), [list[int]() for _ in each]
+    on_device: dict[bool, set[int]] = {True: set(), False: set()}
+    sampled = how.pop("device_sampling")
+    with (
+        context_of(model, **outputs, **how) as context,
+        Stepper(context, device_sampling=sampled, n_draft_max=N_DRAFT) as stepper,
+    ):
+        drafts = stepper.drafts
+        assert drafts is not None
+        for seq, params in enumerate(each):
+            tokens[seq].append(begin(stepper, params, prompt(seq, 3 + 7 * (seq % 3)), seq=seq))
+        for step in range(12):
+            for seq, known in enumerate(tokens):
+                given = right[seq][len(known) :][: int(random.integers(0, N_DRAFT + 1))]
+                wrong = int(random.integers(0, 6))  # from here on
+                given[wrong:] = [7] * len(given[wrong:])
+                n = 0 if step % 4 == 3 else len(given)  # a step in four has none
+                drafts.n_most[seq] = drafts.n_given[seq] = n
+                drafts.token[seq, :n] = given[:n]
+            order = np.roll(np.arange(len(each), dtype=np.int32), step)  # slots in any order
+            run = stepper.run(order, 1)
+            assert (run.n_steps, run.code) == (1, 0)
+            on_device[bool(run.steps[0]["n_drafted"])].add(int(run.steps[0]["on_device"]))
+            for seq, token in zip(run.seq.tolist(), run.token.tolist(), strict=True):
+                tokens[seq].append(token)
+    return tokens, on_device[True], on_device[False]
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("n_ubatch", [128, 32])
+def test_drafted_rows_are_sampled_there_as_well(
+    model: Model, kv_unified: bool, n_ubatch: int
+) -> None:
+    """Where the context has room for so many outputs of a sequence; else the host samples them."""
+    how: dict[str, Any] = EXACT | {"kv_unified": kv_unified or model.is_hybrid, "n_ubatch": n_ubatch}
+    if model.is_hybrid:  # drafts are taken back from its snapshots, in a pool
+        how["n_rs_seq"] = N_DRAFT
+    each = mixed(50)
+    with (
+        context_of(model, **how) as context,
+        Stepper(context, device_sampling=False) as stepper,
+    ):
+        right = generate(stepper, each, 70, on_device=0)
+    device = drafted(model, each, right, device_sampling=True, per_seq=1 + N_DRAFT, **how)
+    assert device[1:] == ({1}, {1})
+    few = drafted(model, each, right, device_sampling=True, per_seq=1, **how)
+    assert few[1:] == ({0}, {1})
+    host = drafted(model, each, right, device_sampling=False, per_seq=1 + N_DRAFT, **how)
+    assert host[1:] == ({0}, {0})
+    assert device[0] == few[0] == host[0]
+    for tokens, known in zip(device[0], right, strict=True):
+        assert tokens == known[: len(tokens)]
+        assert len(tokens) > 12  # of which some were drafted
 
 
 def test_logits_that_are_asked_for_are_there(model: Model) -> None:
