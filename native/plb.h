@@ -169,7 +169,8 @@ typedef struct plb_engine_params {
  * top_p, min_p, temperature and seed: the same token but for the order of equal logits. A step with a
  * row that asks for more (no top_k, penalties, biases, log-probabilities, a grammar, PLB_ROW_OUTPUT)
  * is sampled from whole rows; a change between the two costs libllama a new graph and, once, three
- * times the memory for outputs. */
+ * times the memory for outputs. Drafted rows (plb_drafts) are sampled there as far as the context has
+ * so many outputs for a sequence. */
 enum plb_device_sampling {
     PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/device/placement.hpp); never on a CPU */
     PLB_DEVICE_SAMPLING_OFF  = 0,

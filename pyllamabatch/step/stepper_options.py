@@ -45,7 +45,7 @@ class StepperOptions(TypedDict, total=False):
     - n_draft_max: tokens of a sequence that a step of a run may check beside its next one
       (`Stepper.drafts` says which), from 0, the default, to DRAFT_LIMIT. The context needs outputs
       for all rows of such a step, and one of a model with a recurrent state n_rs_seq=n_draft_max
-      and kv_unified=True.
+      and kv_unified=True. With n_outputs_max_per_seq=1+n_draft_max the device samples these, too.
     - drafter: "ngram" lets the stepper draft these tokens itself, from what the sequence's own
       tokens were followed by before; None: only what is given. n_corpus: so many tokens of slots
       that were cleared or replaced stay for that, too; 0, the default: none.
