@@ -42,7 +42,7 @@ from pyllamabatch.sim import (
     report,
     simulate,
 )
-from pyllamabatch.sim.replica import OVERHEAD, Moves
+from pyllamabatch.sim.replica import OVERHEAD
 from pyllamabatch.step.native import default_gap_max
 from pyllamabatch.step.trace import to_chrome
 
@@ -157,7 +157,6 @@ def run(args: argparse.Namespace) -> int:
             unified=unified, prefix_cache=args.prefix_cache, overhead=args.overhead,
             gap_max=default_gap_max(streams=not unified, on_gpu=on_gpu),
             batch_invariant=args.batch_invariant, speculate=speculate,
-            moves=Moves.of(profile.key.backend),
         )  # fmt: skip
         return replace(spec, latency=args.latency)
 

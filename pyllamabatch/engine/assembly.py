@@ -152,7 +152,6 @@ def make_scheduler(
         how: dict[str, Any] = {
             "drafts_take_time": not isinstance(options.drafter, Ngram),
             "behind": limits.behind and not isinstance(options.drafter, Mtp),
-            "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
         }
         limits = replace(limits, **how)
         pool = pool and pool._replace(limits=replace(pool.limits, **how))

@@ -35,10 +35,7 @@ class CostObserver:
                 self._prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
             return
         end = perf_counter()
-        drafting, asked = scheduler.drafting, bool(step.drafts)
-        moved = drafting is not None and drafting.moves_sampling(asked=asked)
-        # Steps of different widths, or sampled elsewhere: `Drafting` knows what they take.
-        if run.n_drafted or (moved and not step.chunks):
+        if run.n_drafted:  # steps of different widths: `Drafting` knows what they take
             self._pending.clear()
             self._before, self._end = None, end
             return

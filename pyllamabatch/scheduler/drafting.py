@@ -38,11 +38,6 @@ LATELY = 60.0
 
 Seconds = npt.NDArray[np.float64]
 
-_CALM = 64  # steps without drafts after which they are sampled where that is cheapest
-_MOVE_MOST = 64  # steps' time that it takes to sample elsewhere than on the device; likewise
-_TRIAL = 2  # steps' time that there has to be to lose, to begin with that; then it comes back
-_TRIED = 128  # steps with that: what was gained longer ago counts little
-_LINGERS = 32  # steps without drafts that are still sampled there (native/device/placement.hpp)
 _NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
@@ -174,15 +169,10 @@ class Drafting:
         self._seconds = ADVANCE  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._n_seen = np.zeros(n_slots, dtype=np.int64)  # steps of that one
-        self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
-        self._off = _LINGERS + 1  # the last of them
         self._calm_owner = self._owner[:0]  # what decoded in the last call,
         self._n_calm = 0  # and for so many steps, without drafts
         self._spell = 0  # steps with drafts, as long as those without take what they did
         self._n_asked = 0  # of these since some without were timed
-        self._move: float | None = None  # seconds, as measured last
-        self._moves = 0.0  # seconds, spent: to sample elsewhere, and to come back
-        self._since = 0.0  # seconds gained since then, the last _TRIED steps'
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
         # Of a draft model, told by what asks it: tokens of each slot that it has to compute before
@@ -206,14 +196,12 @@ class Drafting:
         there are none stands while none comes or goes, also where something ends a call sooner."""
         if not self._pays_for(0.0):
             return None
-        if self._turn is not None:
-            return self.stands
-        return _CALM if self.limits.drafts_move_sampling else _ENOUGH
+        return _ENOUGH if self._turn is None else self.stands
 
     def _pays_for(self, seconds: float) -> bool:
         """So many seconds from now."""
         wanted = self._wanted if self._n_passed < _OTHERS else 0.0
-        return self.credit + self._moves + LOSS * seconds >= wanted
+        return self.credit + LOSS * seconds >= wanted
 
     def planned(self, n_changes: int) -> None:
         """The next step is about to be planned. n_changes: see `Sequences`."""
@@ -256,9 +244,8 @@ class Drafting:
         had drafts or not (`asked`). Whether that is all to be told of them: else `observe` is."""
         self._n_passed += n_steps
         self.stands = max(0, self.stands - n_steps)
-        if asked or self.looked or self._pays_for(seconds) or self._lingers():
+        if asked or self.looked or self._pays_for(seconds):
             return False
-        self._off += n_steps
         self._fill(seconds)
         return True
 
@@ -290,13 +277,8 @@ class Drafting:
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-        begins, lingers = asked and self._begins(), self._lingers()
-        self._off = 0 if asked else self._off + n_steps
         goes_on = not asked and np.array_equal(owner, self._calm_owner)
         self._calm_owner, self._n_calm = owner, n_steps + (self._n_calm if goes_on else 0)
-        moves = self._moves
-        if not self._lingers():
-            self._moves = 0.0
         if cost is None:  # prompts: they have no drafts
             return
         times = self.drafted if asked else self.times
@@ -315,60 +297,22 @@ class Drafting:
             self._n_asked = 0 if renewed else self._n_asked + n_steps
         elif drafted.n_timed.any():
             self._spell, self._n_asked = self._spell * agrees, 0
-        if not asked:
-            self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
-        if drafted.gained is not None and not begins:
+        if drafted.gained is not None:
             gained = drafted.gained
-        elif (asked or lingers) and self.times.knows(width, max(width, self.limits.n_seq_max)):
-
-            def price(times: StepTimes, n_rows: int) -> float:
-                return cost.predict(n_rows, 0, kv, len(slots)) * times.factor(n_rows)
-
-            plain = price(self.times, width)
+        elif asked and self.times.knows(width, max(width, self.limits.n_seq_max)):
+            plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
-            spent = drafted.seconds
-            if begins:
-                n_rows = max(width, round(drafted.n_rows / n_steps))
-                spent = n_steps * price(times if times.knows(1, n_rows) else self.times, n_rows)
-                move = min(max(0.0, drafted.seconds - spent), _MOVE_MOST * plain)
-                self._since, self._move = 0.0, move
-                self._moves = 2 * move  # it will have to come back
-            elif not self._lingers():  # it has come back
-                spent -= moves / 2
-            own = spent - drafted.catch_up
+            own = drafted.seconds - drafted.catch_up
             gained = max(worth - own, -_LOST_MOST * n_steps * plain) - drafted.catch_up
-        self._since = self._since * exp(-n_steps / _TRIED) + gained
-        if begins:
-            gained -= self._moves
         self._fill(drafted.seconds, gained)
 
-    def _is_calm(self, width: int) -> bool:
-        """Steps of so many rows, or more, had time to be sampled on the device."""
-        return any(n >= _CALM for rows, n in self._calm.items() if rows >= width)
-
-    def _begins(self) -> bool:
-        """Drafts, in the next step, have the sampling moved off the device."""
-        return self.limits.drafts_move_sampling and self._off > _LINGERS
-
-    def _begin(self, slots: Slots, plain: float, cost: StepCost) -> float:
-        """Seconds that it takes to sample elsewhere, and to come back; little, as long as that is
-        not known. And to bring a draft model to where these are."""
-        begin = 0.0
-        if self._begins():
-            begin = _TRIAL * plain if self._move is None else 2 * self._move
-        if n := int(self.lacks[slots].sum()):
-            prompt = cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
-            begin += self.size * prompt
-        return begin
-
-    def _lingers(self) -> bool:
-        """Steps without drafts are still sampled on the host, on account of those before."""
-        return self.limits.drafts_move_sampling and self._off <= _LINGERS
-
-    def moves_sampling(self, *, asked: bool) -> bool:
-        """The next call, which may have drafts or not, is sampled elsewhere than without drafts."""
-        return self._lingers() or (asked and self.limits.drafts_move_sampling)
+    def _begin(self, slots: Slots, cost: StepCost) -> float:
+        """Seconds that it takes to bring a draft model to where these are."""
+        n = int(self.lacks[slots].sum())
+        if not n:
+            return 0.0
+        return self.size * cost.predict(n, n, n / 2, 1) * self.times.factor(len(slots))
 
     def _width(self, slots: Slots) -> int:
         if self._invariance is not None:
@@ -398,11 +342,7 @@ class Drafting:
             # a step without drafts has at least `width` rows, and with padding more
             if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
                 return None
-            # else they would be compared with steps that are sampled on the host as well
-            if limits.drafts_move_sampling:
-                if not self._is_calm(width):
-                    return None
-            elif self._n_asked >= np.clip(self._spell - self._n_asked, *_RENEWED):
+            if self._n_asked >= np.clip(self._spell - self._n_asked, *_RENEWED):
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
@@ -411,13 +351,8 @@ class Drafting:
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
-            begin = self._begin(slots, float(seconds[width]), cost)
-            # what the move has taken is spent, whether drafts go on or not
-            credit = self.credit + self._moves
-            self._wanted = begin
-            if self._lingers() and self._since < -_TRIAL * seconds[width]:
-                credit = min(credit, self._since)
-            return Prices(seconds, worst, credit, new_graph=graph, begin=begin)
+            self._wanted = self._begin(slots, cost)
+            return Prices(seconds, worst, self.credit, new_graph=graph, begin=self._wanted)
 
         return Drafts(
             limits.n_draft_max,

@@ -36,9 +36,8 @@ class Limits:
       filled up to the same number of rows, so that several are computed together.
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
-      before each step that may have them. drafts_move_sampling: steps that may have them are
-      sampled on the host, others on the device. even: also in a pool all sequences of a step with
-      drafts have the same number of rows (`even_rows`)."""
+      before each step that may have them. even: also in a pool all sequences of a step with drafts
+      have the same number of rows (`even_rows`)."""
 
     n_batch: int
     n_ubatch: int
@@ -52,7 +51,6 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False
-    drafts_move_sampling: bool = False
     even: bool = False
 
     @property
@@ -167,9 +165,8 @@ class Prices(NamedTuple):
       there are none.
     - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
       drafts.
-    - begin: seconds that it takes to begin with drafts: for a draft model to compute what it lacks;
-      to move the sampling off the device, and back. 0 where there were some just before. There has
-      to be so much credit."""
+    - begin: seconds that it takes to begin with drafts, for a draft model to compute what it lacks.
+      There has to be so much credit."""
 
     seconds: npt.NDArray[np.float64]
     worst: npt.NDArray[np.float64]

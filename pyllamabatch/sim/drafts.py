@@ -20,42 +20,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 
-LINGERS = (
-    32  # steps without drafts that are still sampled on the host (native/device/placement.hpp)
-)
-GRAPH_MOST, APART_MOST, GRAPH_STEPS = 1.0, 16.0, 2.0  # see native/step/draft_prices.cpp
-
-
-class SamplingPlace(NamedTuple):
-    """How a step is sampled: how much longer it takes for that; on the host, where without drafts
-    the device would; elsewhere than the one before."""
-
-    seconds: float = 0.0
-    off: bool = False
-    moved: bool = False
-
-
-class Sampling:
-    """Where steps are sampled: with drafts, and for some steps afterwards, on the host, else on the
-    device. move: seconds to do it elsewhere than before; 0: it is always on the host. row: how much
-    longer a row takes there."""
-
-    def __init__(self, move: float = 0.0, row: float = 0.0) -> None:
-        self._move = move
-        self._row = row
-        self._lingers = 0
-        self._off = False
-
-    def next(self, n_rows: int, *, asked: bool) -> SamplingPlace:
-        """Of a step of so many rows, which may have drafts or not."""
-        if not self._move:
-            return SamplingPlace()
-        if asked:
-            self._lingers = LINGERS + 1
-        before, self._off = self._off, self._lingers > 0
-        self._lingers = max(0, self._lingers - 1)
-        moved = before != self._off
-        return SamplingPlace(moved * self._move + self._off * self._row * n_rows, self._off, moved)
+GRAPH_MOST, GRAPH_STEPS = 1.0, 2.0  # see native/step/draft_prices.cpp
 
 
 class Luck:
@@ -153,7 +118,6 @@ def steps_of(
     limits: Limits,
     seconds_of: Callable[[int, int], tuple[float, float]],
     last: int = 0,
-    sampling: Sampling | None = None,
 ) -> Steps:
     """Up to n steps, to the end of a sequence. left: tokens to each one's end. seconds_of: of a
     step with so many rows, so many steps into the call, and of the new graph that it needs. last:
@@ -161,7 +125,7 @@ def steps_of(
     slots, left = step.decode.tolist(), list(left)
     most = [step.drafts.get(slot, 0) if one.acceptance > 0 else 0
             for slot, one in zip(slots, luck, strict=True)]  # fmt: skip
-    prices, sampling, behind = step.prices, sampling or Sampling(), False
+    prices, behind = step.prices, False
     seconds, timed, rows = list[float](), list[float](), list[int]()
     taken, drafted, gains = list[list[int]](), list[list[int]](), list[float | None]()
     in_all = 0.0
@@ -170,14 +134,12 @@ def steps_of(
         decided = decide(step, can, luck, limits, prices, last)
         right = [one.right(k) for one, k in zip(luck, decided.n_drafted, strict=True)]
         took, graph = seconds_of(decided.rows, at)
-        sampled = sampling.next(decided.rows, asked=True)
-        took += graph + sampled.seconds
+        took += graph
         tokens, drafts = [1 + k for k in right], any(decided.n_drafted)
         last = decided.rows if drafts else last
-        apart = sampled.moved or (sampled.off and not drafts)
-        timed.append(0.0 if apart or (graph and not drafts) else took)
+        timed.append(0.0 if graph and not drafts else took)
         if prices is not None:
-            gained = _gained(prices, decided, sum(tokens), took, apart=apart, behind=behind)
+            gained = _gained(prices, decided, sum(tokens), took, behind=behind)
             prices = prices._replace(credit=prices.credit + gained)
             in_all += gained
         behind = drafts
@@ -200,33 +162,24 @@ def steps_of(
     )
 
 
-def _gained(prices: Prices, step: StepOf, n_tokens: int, took: float, *, apart: bool,
-            behind: bool) -> float:  # fmt: skip
-    """What such a step adds to the credit, as in native/step/draft_prices.cpp. apart: it took
-    longer on account of drafts. behind: one with drafts."""
+def _gained(prices: Prices, step: StepOf, n_tokens: int, took: float, *, behind: bool) -> float:
+    """What such a step adds to the credit, as in native/step/draft_prices.cpp. behind: one with
+    drafts."""
     said = float(prices.seconds[step.rows])
     if any(step.n_drafted):
         plain = float(prices.seconds[step.width])
         most = float(prices.worst[step.rows]) + GRAPH_STEPS * prices.new_graph
         worth = plain / len(step.n_drafted) * n_tokens
-        return worth - min(took, most + apart * APART_MOST * plain)
-    if not (apart or behind):
-        return 0.0
-    return -min(took - said, (APART_MOST if apart else GRAPH_MOST) * said)
+        return worth - min(took, most)
+    return -min(took - said, GRAPH_MOST * said) if behind else 0.0
 
 
-def plain(step: Step, seconds: F64, reused: npt.NDArray[np.bool_], sampling: Sampling) -> Steps:
-    """Steps without drafts, which take so long but for where they are sampled. reused: whether
-    their graph is there."""
+def plain(step: Step, seconds: F64, reused: npt.NDArray[np.bool_]) -> Steps:
+    """Steps without drafts, which take so long. reused: whether their graph is there."""
     n = len(seconds), len(step.decode)
     rows = np.full(n[0], max(step.n_rows, step.n_pad))
-    timed = seconds * reused
-    if n[1]:
-        sampled = [sampling.next(n[1], asked=False) for _ in range(n[0])]
-        seconds = seconds + [one.seconds for one in sampled]
-        timed = timed * [not (one.off or one.moved) for one in sampled]
     ones, none = np.ones(n, np.int64), np.zeros(n, np.int64)
-    return Steps(seconds, timed, ones, none, rows, [None] * n[0])
+    return Steps(seconds, seconds * reused, ones, none, rows, [None] * n[0])
 
 
 def drafted_of(

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import starmap
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 
 from pyllamabatch.cost.graphs import F64, Graphs, NativeCall
-from pyllamabatch.cost.kernels import is_cuda
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
 from pyllamabatch.errors import ArgumentError, integer
@@ -26,7 +24,7 @@ from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Schedu
 from pyllamabatch.scheduler.kv_options import Pool
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.scheduler.step import Shape
-from pyllamabatch.sim.drafts import Luck, Sampling, Steps, drafted_of, plain, steps_of
+from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.recorder import StepRecorder
 from pyllamabatch.sim.workload import TraceRequest
@@ -36,28 +34,11 @@ from pyllamabatch.sim.workload import TraceRequest
 OVERHEAD = 1e-4
 
 
-class Moves(NamedTuple):
-    """What sampling on the host takes, which drafts need, in seconds. move: to sample elsewhere
-    than in the step before; 0: it is never on the device. row: a row takes longer by this."""
-
-    move: float = 0.0
-    row: float = 0.0
-
-    @classmethod
-    def of(cls, backend: str) -> Moves:
-        """Of a device of ggml's backend of this name: CUDA's as an NVIDIA H200 was measured, none
-        of any other one."""
-        return cls(22e-3, 16e-6) if is_cuda(backend) else cls()
-
-
-NO_MOVES = Moves()
-
-
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What every replica is. sharing, retain, invariance: see `KvOptions`. overhead: seconds of a
     native call beside its steps. latency: seconds from a token to its reader. new_graph: see
-    `NewGraph`. moves: see `Moves`. pool: what streams become when a sequence needs it."""
+    `NewGraph`. pool: what streams become when a sequence needs it."""
 
     cost: StepCost
     limits: Limits
@@ -67,7 +48,6 @@ class EngineSpec:
     latency: float = 0.0
     new_graph: NewGraph = NO_COST
     invariance: Invariance | None = None
-    moves: Moves = NO_MOVES
     pool: EngineSpec | None = None
 
     @classmethod
@@ -85,14 +65,12 @@ class EngineSpec:
         gap_max: int = 16,
         batch_invariant: bool = False,
         speculate: bool = False,
-        moves: Moves = NO_MOVES,
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
         of ended requests. gap_max: see `Limits`; the default
         is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool. speculate: steps may
-        check drafts that cost nothing to make, of requests with an `acceptance`. moves: of a device
-        that samples by itself where there are none."""
+        check drafts that cost nothing to make, of requests with an `acceptance`."""
         if batch_invariant and speculate:
             raise ArgumentError("speculate", speculate, "False with batch_invariant")
         if batch_invariant and unified:
@@ -109,12 +87,7 @@ class EngineSpec:
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
         if speculate:
             n_outputs = min(n_seq_max + n_cached + most_draft_rows(n_seq_max), n_batch)
-            limits = replace(
-                limits,
-                n_draft_max=DRAFT_MOST,
-                n_outputs=n_outputs,
-                drafts_move_sampling=moves.move > 0,
-            )
+            limits = replace(limits, n_draft_max=DRAFT_MOST, n_outputs=n_outputs)
         sharing = Sharing(
             copy_part=unified,
             copy_whole=True,
@@ -131,7 +104,6 @@ class EngineSpec:
             overhead,
             new_graph=cost.new_graph,
             invariance=invariance,
-            moves=moves,
         )
 
 
@@ -212,7 +184,6 @@ class SimulatedReplica:
         self._wake = inf
         self._rows_before = 0  # of the last step
         self._drafted_rows = 0  # of the last one with drafts
-        self._sampling = Sampling(*spec.moves)
         self._is(spec)
 
     def _is(self, spec: EngineSpec) -> None:
@@ -437,8 +408,7 @@ class SimulatedReplica:
         else:
             own, seconds = self._seconds(step, n)
             if scheduler.drafting is not None:
-                steps = plain(step, seconds, own == seconds, self._sampling)
-                seconds = steps.seconds
+                steps = plain(step, seconds, own == seconds)
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
         ends = now + self.spec.overhead + np.cumsum(seconds)
         if scheduler.deadlines.next is not None:
@@ -474,7 +444,7 @@ class SimulatedReplica:
         left = [self._in_slot[slot].left for slot in slots]
         luck = [self._luck(slot) for slot in slots]
         last = self._drafted_rows
-        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last, self._sampling)
+        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last)
 
     def _seconds(self, step: Step, n: int) -> tuple[F64, F64]:
         """Seconds of each of n times this step, without new graphs and with them."""

@@ -90,24 +90,6 @@ def test_the_layout_is_an_engines_own(tmp_path: Path, words: list[str], unified:
 
 
 @pytest.mark.parametrize(
-    ("profile", "moves"),
-    [("nvidia-h200-gemma-3-1b-q4_k_m", True), ("m2-ultra-gemma-3-4b-it-qat", False)],
-)
-def test_drafts_move_the_sampling_on_a_device_that_samples(
-    monkeypatch: pytest.MonkeyPatch, profile: str, moves: bool
-) -> None:
-    seen = []
-
-    def simulated(requests: Any, spec: EngineSpec, *args: Any, **options: Any) -> Simulated:
-        seen.append(spec.limits.drafts_move_sampling)
-        return simulate(requests, spec, *args, **options)
-
-    monkeypatch.setattr("pyllamabatch.cli.simulate.simulate", simulated)
-    assert main(["simulate", "--profile", profile, *TRACE, "--acceptance", "0.5"]) == 0
-    assert seen == [moves]
-
-
-@pytest.mark.parametrize(
     ("profile", "words"),
     [
         ("nvidia-h200-gemma-3-1b-q4_k_m", {}),

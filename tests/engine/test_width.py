@@ -16,7 +16,6 @@ from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits, Step
-from pyllamabatch.scheduler.drafting import Drafted, Drafting
 from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies.width import TRIAL
 from pyllamabatch.scheduler.step import PromptChunk
@@ -93,16 +92,13 @@ class Learner(StepCost):
         self.switches.append(seconds)
 
 
-def scheduler(
-    cost: Learner, attention: Any, limits: Limits, drafting: Drafting | None = None
-) -> Any:
+def scheduler(cost: Learner, attention: Any, limits: Limits) -> Any:
     return SimpleNamespace(
         cost=cost,
         attention=attention,
         limits=limits,
         prefilled=lambda rows, seconds: None,
-        drafting=drafting,
-        padding=Padding(limits, possible=drafting is None),
+        padding=Padding(limits, possible=True),
     )
 
 
@@ -187,6 +183,15 @@ OBSERVED = {
         [(3, 3), (3, 3), (4, 3), (3, 11)],
         [],
     ),
+    "steps with drafted rows tell nothing, nor is it a switch behind them": Observed(
+        [
+            call(TRIO, 10, 10, 30, 3),
+            (TRIO, Run(0, 10, 9, 0.09, (), 0.03, n_rows=60, n_drafted=30)),
+            call([1, 2, 3], 10, 9, 38, 11),
+        ],
+        [(3, 3), (3, 3)],
+        [],
+    ),
 }
 
 
@@ -247,28 +252,6 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
     tell(observe, after, Run(0, 1, 1, 0.003, (), 0.003))
     learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
     np.testing.assert_allclose(learnt, [(40, 6.0), (4, 3.0)], rtol=1e-6)
-
-
-def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing(tell: Tell) -> None:
-    """The first one has moved there, and the next one lingers."""
-    cost = Learner(NewGraph(0.002))
-    limits = Limits(8, 8, 1, 64, 64, n_draft_max=2, drafts_move_sampling=True)
-    drafting, slots = Drafting(limits, 1), np.zeros(1, np.int32)
-    attention = SimpleNamespace(
-        cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)], deeper=lambda *_: 0.0
-    )
-    drafts_too = scheduler(cost, attention, limits, drafting)
-    observe = CostObserver(drafts_too, asynchronous=True)
-    shares, none = np.zeros((1, 2)), np.zeros(9)
-    calls = [({}, 0.002), ({0: 1}, 0.004), ({}, 0.003), ({}, 0.002)]
-    for i, (drafts, seconds) in enumerate(calls):
-        step = Step(slots, (), (), (), 1, {}, 64, drafts=drafts)
-        new = 0.05 * (i in (1, 2))  # it moves in the first step of the one, and within the other
-        tell(observe, step, Run(0, 64, 64 - (i == 1), 64 * seconds + new, (), seconds + new))
-        drafted = Drafted(slots + 64, 64, 0, 0, shares, shares, 1.0, none.astype(int), none)
-        drafting.observe(slots, np.ones(1, np.int64), drafted, 64, 0.0, None, asked=bool(drafts))
-    assert cost.steps == [(1, 0.002), (1, 0.002)]
-    assert drafts_too.padding.graph is None
 
 
 def test_what_a_switch_costs_is_followed() -> None:

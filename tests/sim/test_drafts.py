@@ -23,8 +23,7 @@ from pyllamabatch.sim import (
     draw_acceptance,
     simulate,
 )
-from pyllamabatch.sim.drafts import F64, Luck, Sampling, decide
-from pyllamabatch.sim.replica import Moves
+from pyllamabatch.sim.drafts import F64, Luck, decide
 from tests.sim.test_simulate import linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
 from tests.support.made_up_costs import Linear
@@ -125,17 +124,16 @@ def test_the_decision_never_loses(profile: str, least: float) -> None:
 
 @pytest.mark.parametrize("n", [1, 4, 8, 16])
 @pytest.mark.parametrize("acceptance", [0.4, 0.5, 0.8])
-def test_nor_where_drafts_move_the_sampling(n: int, acceptance: float) -> None:
-    """N answers at once, again and again, on a device that samples by itself: a move takes as long
-    as nine steps. No round loses much, and all of them nothing."""
+def test_nor_in_any_round(n: int, acceptance: float) -> None:
+    """N answers at once, again and again. No round loses much, and all of them nothing."""
     cost = CostModel.fit(
         shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
     )
     shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": False}
     requests = [one(r * n + i, 60.0 * r, 64, 256) for r in range(12) for i in range(n)]
     plain = ends(simulate(requests, EngineSpec.of(cost, **shape)), n)
-    moving = EngineSpec.of(cost, speculate=True, moves=Moves.of("CUDA0"), **shape)
-    found = simulate([replace(r, acceptance=acceptance) for r in requests], moving)
+    spec = EngineSpec.of(cost, speculate=True, **shape)
+    found = simulate([replace(r, acceptance=acceptance) for r in requests], spec)
     ratios = plain / ends(found, n)
     assert plain.sum() / ends(found, n).sum() > 0.99
     assert ratios.min() > 0.93
@@ -148,7 +146,7 @@ def test_one_without_any_drafts_keeps_no_others_from_theirs() -> None:
         shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
     )
     shape: dict[str, Any] = {"n_seq_max": 8, "n_cells": 16384, "unified": False}
-    spec = EngineSpec.of(cost, speculate=True, moves=Moves.of("CUDA0"), **shape)
+    spec = EngineSpec.of(cost, speculate=True, **shape)
     found = []
     for share in (0.01, 0.0):
         requests = [one(i, 0.0, 64, 1500) for i in range(8)]
@@ -162,15 +160,6 @@ def ends(found: Simulated, n: int) -> F64:
     outcomes = sorted(found.outcomes, key=lambda o: o.id)
     rounds: F64 = np.array([o.end - o.arrival for o in outcomes]).reshape(-1, n)
     return np.asarray(rounds.max(axis=1))
-
-
-def test_sampling_moves_and_lingers() -> None:
-    sampling = Sampling(1.0, 0.125)
-    steps = [sampling.next(2, asked=at == 1) for at in range(36)]
-    assert [at for at, step in enumerate(steps) if step.moved] == [1, 34]
-    assert [at for at, step in enumerate(steps) if step.off] == [*range(1, 34)]
-    assert [steps[at].seconds for at in (0, 1, 2, 34, 35)] == [0.0, 1.25, 0.25, 1.0, 0.0]
-    assert Sampling().next(2, asked=True) == (0.0, False, False)
 
 
 @LAYOUTS

@@ -25,10 +25,9 @@ class ByGain:
     Of drafts that cost nothing to make it decides what rows cost, and how many a sequence may have
     at most. How many it has is decided in each step, by what was drafted there (`Prices`): long
     matches are right more often than short ones. Others are asked for as they were right lately, a
-    number that was not timed yet for a few steps at first. Those that keep the sampling off the
-    device begin with one step, which shows what the move takes, and go on as long as they give more
-    than without. No step takes longer than an ITL target. Where it is not paid for
-    to look at drafts (`StepView.drafts_in`), plans are as if there were no drafter."""
+    number that was not timed yet for a few steps at first. No step takes longer than an ITL target.
+    Where it is not paid for to look at drafts (`StepView.drafts_in`), plans are as if there were no
+    drafter."""
 
     gain: float = 0.1
 
@@ -51,7 +50,7 @@ class ByGain:
             return none
         prices = drafts.prices()
         if prices is None:
-            return Speculation({}, STEPS if view.limits.drafts_move_sampling else TIMED)
+            return Speculation({}, TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
         if most < 1 or prices.credit < prices.begin:
@@ -59,31 +58,19 @@ class ByGain:
         target = view.running.itl_targets()[0]
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
         own = prices._replace(seconds=seconds, gain=self.gain)
-        takes_time = view.limits.drafts_take_time
-        if not takes_time:
+        if not view.limits.drafts_take_time:
             if not can_pay(drafts, seconds, most, self.gain):
                 return none
-            if not view.limits.drafts_move_sampling:
-                return Speculation(_as_many(drafts, most), STEPS, own)
-            if not prices.begin:
-                return Speculation(_as_many(drafts, most), ASKED, own._replace(gain=0.0))
-        soon = 1 if takes_time else ASKED  # of a new one what is usual is known
-        if (~drafts.found.any(axis=1) & (drafts.n_seen < soon)).any():
-            return Speculation({}, soon)
-        k, steps = _choice(drafts, own, most, HOPE if takes_time else 1.0)
-        if not k:
-            return none
-        if prices.begin and view.limits.drafts_move_sampling:
-            return Speculation(
-                _as_many(drafts, k if takes_time else most), 1, None if takes_time else own
-            )
-        return Speculation(_as_many(drafts, k), steps)
+            return Speculation(_as_many(drafts, most), STEPS, own)
+        if not drafts.n_seen.all():  # of a new one what is usual is known soon
+            return Speculation({}, 1)
+        k, steps = _choice(drafts, own, most)
+        return Speculation(_as_many(drafts, k), steps) if k else none
 
 
-def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int, int]:
+def _choice(drafts: Drafts, prices: Prices, most: int) -> tuple[int, int]:
     """How many drafted tokens of each give most tokens a second, 0 where that is too little; and
-    for how many steps: if such steps were not timed, few, and no more than there is credit for.
-    hope: what those take, beside what the cost model says."""
+    for how many steps: if such steps were not timed, few, and no more than there is credit for."""
     n, width = len(drafts.ids), drafts.width
     plain = float(prices.seconds[width])
     if plain <= 0:  # even such a step is longer than an ITL target
@@ -99,7 +86,7 @@ def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int
         seconds, worst = float(prices.seconds[rows]), float(prices.worst[rows])
         timed = worst <= seconds
         tokens = n + float(drafts.right[:, :k].sum())
-        hoped = seconds if timed else max(hope * seconds, min(plain, seconds))
+        hoped = seconds if timed else max(HOPE * seconds, min(plain, seconds))
         rate = tokens / hoped if seconds > 0 else 0.0
         loss = worst + prices.new_graph - tokens * plain / n  # at worst
         if rate > best and loss <= spare:
