@@ -125,7 +125,7 @@ def test_the_decision_never_loses(profile: str, least: float) -> None:
 @pytest.mark.parametrize("n", [1, 4, 8, 16])
 @pytest.mark.parametrize("acceptance", [0.4, 0.5, 0.8])
 def test_nor_in_any_round(n: int, acceptance: float) -> None:
-    """N answers at once, again and again. No round loses much, and all of them nothing."""
+    """N answers at once, again and again. No round loses anything."""
     cost = CostModel.fit(
         shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
     )
@@ -135,10 +135,9 @@ def test_nor_in_any_round(n: int, acceptance: float) -> None:
     spec = EngineSpec.of(cost, speculate=True, **shape)
     found = simulate([replace(r, acceptance=acceptance) for r in requests], spec)
     ratios = plain / ends(found, n)
-    assert plain.sum() / ends(found, n).sum() > 0.99
-    assert ratios.min() > 0.93
+    assert ratios.min() > 0.99
     if acceptance == 0.8:
-        assert ratios[-1] > 1.3
+        assert ratios[-1] > 1.5
 
 
 def test_one_without_any_drafts_keeps_no_others_from_theirs() -> None:
