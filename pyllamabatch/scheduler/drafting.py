@@ -43,6 +43,7 @@ _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it;
 # where the next one is, too, or little was known, what is known begins anew with it
+_FEW = 2  # steps, which can't show that: the first ones with a new graph may take much longer
 _ENOUGH = (
     8  # steps: so many without drafts are timed before those with drafts are compared with them
 )
@@ -97,12 +98,13 @@ class StepTimes:
     def observe(self, n_rows: int, n_steps: int, ratio: float) -> bool:
         """`n_steps` steps took `ratio` times what the model says. Returns whether that is about
         what was known."""
-        factor, weight, _ = self._known.get(n_rows, (ratio, 0.0, 0))
+        new = self.factor(n_rows) if self._known else ratio, 0.0, 0
+        factor, weight, _ = self._known.get(n_rows, new)
         near = min(max(ratio, factor / _OFF_MOST), factor * _OFF_MOST)
         agrees, weight = near == ratio, min(weight, _COUNTS)
         if agrees:
             self._doubted.discard(n_rows)
-        elif weight < _ENOUGH or n_rows in self._doubted:
+        elif n_rows in self._doubted or (weight < _ENOUGH and weight + n_steps > _FEW):
             factor, near, weight = ratio, ratio, 0.0
             self._doubted.discard(n_rows)
         else:

@@ -152,7 +152,9 @@ def test_a_graph_of_long_ago_may_be_used_again(model: Model, n_between: int) -> 
 N_DRAFT = 4
 
 
-def drafted(model: Model, each: Sequence[SamplingParams], right: list[list[int]], **how: Any) -> Any:
+def drafted(
+    model: Model, each: Sequence[SamplingParams], right: list[list[int]], **how: Any
+) -> Any:
     """Tokens of each, with drafts that are right up to a random token, and whether the device chose
     in steps with drafts, and without."""
     outputs = {"n_outputs_max": N_SEQ * (1 + N_DRAFT), "n_outputs_max_per_seq": how.pop("per_seq")}
@@ -190,7 +192,10 @@ def test_drafted_rows_are_sampled_there_as_well(
     model: Model, kv_unified: bool, n_ubatch: int
 ) -> None:
     """Where the context has room for so many outputs of a sequence; else the host samples them."""
-    how: dict[str, Any] = EXACT | {"kv_unified": kv_unified or model.is_hybrid, "n_ubatch": n_ubatch}
+    how: dict[str, Any] = EXACT | {
+        "kv_unified": kv_unified or model.is_hybrid,
+        "n_ubatch": n_ubatch,
+    }
     if model.is_hybrid:  # drafts are taken back from its snapshots, in a pool
         how["n_rs_seq"] = N_DRAFT
     each = mixed(50)

@@ -178,6 +178,21 @@ def test_the_times_of_steps_correct_the_cost_model() -> None:
     assert not times.knows(1, 9)
 
 
+def test_the_first_step_of_its_kind_is_not_taken_at_its_word() -> None:
+    """It may have waited for memory. Else such steps are thought to be slow, and never tried."""
+    times = StepTimes()
+    times.observe(4, 64, 0.9)
+    assert not times.observe(28, 1, 40.0)
+    assert times.factor(28) < 1.5
+    times.observe(28, 1, 1.3)
+    assert 1.3 < times.factor(28) < 1.4
+    for _ in range(2):  # these are slow
+        times.observe(12, 1, 3.0)
+    assert times.factor(12) == pytest.approx(3.0)
+    times.observe(20, 8, 4.0)  # so many are no accident
+    assert times.factor(20) > 3.0
+
+
 def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     drafting = Drafting(LIMITS, 8)
     slots, owner = np.array([0], np.int32), np.array([1])
