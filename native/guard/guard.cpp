@@ -12,9 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <new>
-#include <shared_mutex>
 #include <stdexcept>
 
 namespace {
@@ -22,8 +20,6 @@ namespace {
 thread_local int guarded = 0;
 thread_local int64_t n_failed_allocations = 0;
 std::new_handler before_ours = nullptr;
-// The models' lists of adapters, which libllama changes unguarded, and counts for a new context.
-std::shared_mutex adapters;
 
 void on_assertion(const char * message) {
     if (guarded > 0) {
@@ -85,17 +81,11 @@ struct llama_model * plb_model_load(const char ** paths, size_t n_paths, struct 
 }
 
 struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params) {
-    return plb::guarded_call((llama_context *) nullptr, [&] {
-        const std::shared_lock lock(adapters);
-        return llama_init_from_model(model, params);
-    });
+    return plb::guarded_call((llama_context *) nullptr, [&] { return llama_init_from_model(model, params); });
 }
 
 struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path) {
-    return plb::guarded_call((llama_adapter_lora *) nullptr, [&] {
-        const std::lock_guard lock(adapters);
-        return llama_adapter_lora_init(model, path);
-    });
+    return plb::guarded_call((llama_adapter_lora *) nullptr, [&] { return llama_adapter_lora_init(model, path); });
 }
 
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) {
@@ -118,7 +108,6 @@ void plb_model_free(int64_t process, struct llama_model * model) {
 
 void plb_lora_free(int64_t process, struct llama_adapter_lora * lora) {
     if (process == plb_process()) {
-        const std::lock_guard lock(adapters);
         llama_adapter_lora_free(lora);
     }
 }

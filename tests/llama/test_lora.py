@@ -69,20 +69,27 @@ def test_contexts_keep_what_they_use(model: Model, lora_path: Path) -> None:
         assert np.abs(run(context) - expected).max() > 0.5
 
 
-def test_threads_may_load_and_free_them_at_once() -> None:
+def test_threads_may_load_and_free_them_while_others_compute() -> None:
     """In a process of its own: a list that two threads changed at once ended it."""
     run_itself(__file__)
 
 
 def load_and_free(path: Path) -> None:
-    def many(_: int) -> None:
-        for _ in range(150):
+    def change() -> None:
+        for _ in range(250):
             adapters = [LoraAdapter(model, path) for _ in range(40)]
             del adapters
 
+    def compute() -> None:
+        with Context(model, n_threads=1, n_ctx=256) as context, LoraAdapter(model, path) as lora:
+            for i in range(1200):
+                context.set_loras([(lora, 0.5)][: i % 2])
+                run(context)
+
     write_lora(path)
     with Model(gguf_path("llama")) as model, ThreadPoolExecutor(8) as pool:
-        list(pool.map(many, range(8)))
+        for done in [pool.submit(work) for work in (change, compute) * 4]:
+            done.result()
 
 
 def test_of_another_model(model: Model, lora_path: Path) -> None:
