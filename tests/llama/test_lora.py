@@ -77,17 +77,17 @@ def test_threads_may_load_and_free_them_while_others_compute() -> None:
 def load_and_free(path: Path) -> None:
     def change() -> None:
         for _ in range(250):
-            adapters = [LoraAdapter(model, path) for _ in range(40)]
+            adapters = [LoraAdapter(one, path) for _ in range(40)]
             del adapters
 
     def compute() -> None:
-        with Context(model, n_threads=1, n_ctx=256) as context, LoraAdapter(model, path) as lora:
+        with Context(one, n_threads=1, n_ctx=256) as context, LoraAdapter(one, path) as lora:
             for i in range(1200):
                 context.set_loras([(lora, 0.5)][: i % 2])
                 run(context)
 
     write_lora(path)
-    with Model(gguf_path("llama")) as model, ThreadPoolExecutor(8) as pool:
+    with Model(gguf_path("llama")) as one, ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(work) for work in (change, compute) * 4]:
             done.result()
 
