@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from math import log2
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ class Profile:
     def from_json(cls, text: str, name: str = "profile") -> Profile:
         """Raises `ProfileError` for what is not a profile of this schema."""
         try:
-            data = json.loads(text, parse_constant=_no_number)
+            data = json.loads(text, parse_constant=_finite, parse_float=_finite)
             schema, columns, rows = (data.pop(part) for part in ("schema", "fields", "samples"))
             if schema != SCHEMA:
                 raise ProfileError(name, f"schema {schema}, this version reads {SCHEMA}")
@@ -215,7 +215,9 @@ def _check(profile: Profile) -> None:
     tiles = [*known.tiles, *(regime.tile for regime in known.regimes)]
     if not (first[:1] == [1] and first == sorted({*first}) and min(tiles) >= 1):
         raise ValueError(f"no such kernels: {known}")
-    if min(profile.n_ubatch, known.attention_from) < 1 or profile.key.distance(profile.key):
+    n_threads = int(profile.key.context.get("n_threads", 1))
+    least = min(profile.n_ubatch, known.attention_from, n_threads)
+    if least < 1 or profile.key.distance(profile.key):
         raise ValueError(f"no such n_ubatch, attention_from or context: {profile.key}")
     if not 0 <= profile.output_share <= 1 or profile.n_swa < 0:
         raise ValueError(f"output_share {profile.output_share}, n_swa {profile.n_swa}")
@@ -228,8 +230,10 @@ def _check(profile: Profile) -> None:
             raise ValueError(f"no such step: {s}")
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+def _finite(text: str) -> float:
+    if not isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def profile_folder() -> Path:

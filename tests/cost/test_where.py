@@ -215,8 +215,12 @@ def test_round_trip(cache: Path) -> None:
         ('"first": 1', '"first": 9'),
         ('"tile": 1', '"tile": 0'),
         ('"context": {}', '"context": null'),
+        ('"context": {}', '"context": {"n_threads": 0}'),
+        ('"context": {}', '"context": {"n_threads": -4}'),
+        ('"context": {}', '"context": {"on_device": "all"}'),
         ('"n_ubatch": 512', '"n_ubatch": -1'),  # a fit of it would never end
         ("0.02,", "Infinity,"),
+        ("0.02,", "2e400,"),
         ("[1, 0, 10, 1", "[1, 0, -10, 1"),
         ("[1, 0, 10, 1", "[1, 0, 10, 0"),
         ("{", "["),
