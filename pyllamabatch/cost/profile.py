@@ -286,9 +286,10 @@ def load_profile(name: str | None = None, *, argument: str = "profile") -> Profi
     for path in (SHIPPED / f"{name}.json", folder / f"{name}.json", Path(name)):
         if path.is_file():
             return Profile.load(path)
-    near = get_close_matches(name, known_names(), n=1, cutoff=0.5)
+    known = ", ".join(names := known_names())
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ArgumentError(argument, name, f"{hint}a profile: {', '.join(known_names())}")
+    raise ArgumentError(argument, name, f"{hint}must be a file or one of {known}")
 
 
 def known_names() -> list[str]:

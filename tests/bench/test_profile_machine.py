@@ -46,7 +46,7 @@ def test_an_unknown_machine_is_an_error_in_one_line(
 ) -> None:
     assert main(["traffic", "--machine", "m0", "--streams", "2"]) == 1
     said = capsys.readouterr().err.strip()
-    assert said.startswith("bench: machine='m0': a profile: ")
+    assert said.startswith("bench: machine='m0': must be a file or one of ")
     assert "\n" not in said
 
 

@@ -245,6 +245,8 @@ def test_profiles_by_name(cache: Path) -> None:
     assert load_profile(str(profile_folder() / "mine.json")) == made
     with pytest.raises(ArgumentError, match=r"profile='mind': did you mean mine\?"):
         load_profile("mind")
+    with pytest.raises(ArgumentError, match="must be a file or one of"):
+        load_profile("./none.json")
 
 
 def test_engine_finds_its_profile(cache: Path, tiny_llama_path: Path) -> None:
