@@ -252,5 +252,6 @@ def show(
         ratio = "no ratio" if one["ratio"] is None else f"{one['ratio']:.3f}"
         words = f"gate, {one['bench']}, {one['num_sequences']} sequences: {ratio}"
         say(f"{words}, at least {one['at_least']:g} wanted", sys.stderr)
-    if any(one["ratio"] is None for one in judged) and (told := warning(records)):
+    without_advice = args.scenario and any(one["ratio"] is None for one in judged)
+    if without_advice and (told := warning(records)):
         say(told, sys.stderr)
