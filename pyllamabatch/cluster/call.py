@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from ..kv.radix_tree import Tokens
 from ..server.answer import HELD_BEGIN, WRITES, Write
+from ..server.messages import unstamped
 
 LINE_BYTES = 2**20  # of a head, at most
 TICKET_BYTES = 16
@@ -111,6 +112,7 @@ def routed_by(body: bytes) -> tuple[bytes, str]:
         values = orjson.loads(body)
         if not isinstance(values, dict):
             return b"", ""
+        values["system"] = unstamped(values.get("system"))
         parts = [_written(values[name]) for name in ROUTED_BY if values.get(name)]
     except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # it reads deeper than it writes
         return b"", ""

@@ -40,6 +40,16 @@ STAMP = re.compile(r"\A(x-anthropic-billing-header:[^\n]*?\bcch=)[^;\n]+")
 writes the same over it."""
 
 
+def unstamped(system: Any) -> Any:
+    """A text, or blocks, with the same stamp in each request."""
+    if isinstance(system, str):
+        return STAMP.sub(r"\1fffff", system)
+    if isinstance(system, list) and system and isinstance(system[0], dict):
+        first = system[0]
+        return [{**first, "text": unstamped(first.get("text"))}, *system[1:]]
+    return system
+
+
 class OutputFormat(Body):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
@@ -134,8 +144,7 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
     """The conversation in the form of chat completions."""
     found: list[dict[str, Any]] = []
     if body.system:
-        text = STAMP.sub(r"\1fffff", text_of("system", body.system))
-        found.append({"role": "system", "content": text})
+        found.append({"role": "system", "content": text_of("system", unstamped(body.system))})
     for i, message in enumerate(body.messages):
         role, content = message.get("role"), message.get("content")
         if content == [] and role != "assistant":

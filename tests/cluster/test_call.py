@@ -25,6 +25,18 @@ def call(path: str, values: Any, method: str = "POST") -> RoutedCall:
     return RoutedCall(method, path, b"", JSON, orjson.dumps(values))
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_stamp_of_each_request_does_not_change_where_it_goes(blocks: bool) -> None:
+    def prefix(stamp: str) -> bytes:
+        text = f"x-anthropic-billing-header: cc_version=2.1.1; cch={stamp};"
+        system = [{"type": "text", "text": text}, {"type": "text", "text": "Be short."}]
+        asked = {"system": system if blocks else text + "Be short.", "messages": []}
+        return routed_by(orjson.dumps(asked))[0]
+
+    assert prefix("a5145") == prefix("0b7e1")
+    assert routed_by(b'{"system": ["a"]}')[0] == b'["a"]'  # for the replica to refuse
+
+
 def test_conversations_are_routed_by_what_they_begin_with() -> None:
     system = {"role": "system", "content": "You are a zoologist. " * 8}
     first = [system, {"role": "user", "content": "Zebras?"}]
