@@ -1,5 +1,6 @@
 """OpenAI's `/v1/responses`, without a store: a conversation is sent whole each time."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from starlette.responses import Response
 
 from ..engine.results import Chunk, PromptProgress, Result, Token
 from ..engine.stream import Stream
+from ..errors import ArgumentError
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta
 from . import bodies, tokens
@@ -81,6 +83,13 @@ class ResponsesBody(SamplingBody):
         """Of the most likely tokens; None without log-probabilities."""
         return self.top_logprobs if LOGPROBS in (self.include or ()) else None
 
+    def name_of(self, field: str) -> str:
+        """Tools are flat here, and those that are left out have a place as well."""
+        if (found := re.match(r"tools\[(\d+)\](\.function)?", field)) is None:
+            return super().name_of(field)
+        places = [i for i, tool in enumerate(self.tools or ()) if tool["type"] == "function"]
+        return f"tools[{places[int(found[1])]}]{field[found.end() :]}"
+
 
 async def responses(service: Service, request: Request) -> Response:
     """An answer as a list of output items."""
@@ -113,7 +122,10 @@ async def _read_turn(service: Service, body: ResponsesBody) -> Turn:
         wrapped = schema if format.type == "json_schema" else None
         body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
     make_turn = partial(turn_of, service, messages_of(body), options_of(body))
-    return await service.run(make_turn, long=body.makes_long_turn)
+    try:
+        return await service.run(make_turn, long=body.makes_long_turn)
+    except ArgumentError as error:
+        raise body.named(error) from None
 
 
 def options_of(body: ResponsesBody) -> ChatOptions:

@@ -81,6 +81,8 @@ def nested(levels: int) -> Any:
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": SUM, "tools": [
             {"type": "function", "name": "a"}, {"name": "b"}]}, "tools[1].type"),
+        ("/v1/responses", {"input": SUM, "tools": [{"type": "web_search"}, {
+            "type": "function", "name": "a", "parameters": 5}]}, "tools[1].parameters"),
         ("/v1/responses", {"input": SUM, "tools": [{"type": "web_search"}],
          "tool_choice": {"type": "web_search"}}, "tool_choice"),
         (MESSAGES, {"system": "Be short.", "messages": [{"role": "user"}]},
