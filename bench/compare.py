@@ -126,8 +126,8 @@ def experiment(options: argparse.Namespace) -> Experiment:
 
 
 def run(todo: Experiment, options: argparse.Namespace) -> Generator[Record, None, None]:
-    """Records while there is time for more runs. --undisturbed: each arm waits for quiet, and its
-    run is made again until it had that."""
+    """Records while there is time for more runs. --undisturbed: each run waits for quiet, and is
+    made again until it had that."""
     about, _ = probe(todo.cases[0], False)
     about["versions"]["commit"] = harness.commit()
     budget, limit = Budget(options.budget), options.undisturbed

@@ -80,7 +80,8 @@ def measure(
     about: dict[str, Any],
     running: Callable[[str], None] = lambda words: None,
 ) -> Generator[Record, None, None]:
-    """Records as they are measured. `about`: of `hosted.probe`; `running` is told what runs next.
+    """Records as they are measured. `about`: of `hosted.probe`; `running` is told what runs next,
+    before each try of it.
 
     An arm that fails gives a record that says why, and is left out of the case's other repeats;
     the others go on. Closing the generator ends every process."""
@@ -95,7 +96,8 @@ def measure(
             own = replace(case, n_threads=threads_of(arm, case, experiment.oversubscribe))
             if (arm, own) in failed:
                 continue
-            running(f"{case.pl} × {arm.name}, repeat {repeat + 1} of {experiment.repeats}")
+            words = f"{case.pl} × {arm.name}, repeat {repeat + 1} of {experiment.repeats}"
+            running(words)
             moment = facts.now()
             ended = any(
                 c.pl != case.pl for one, c in loaded if "single" not in (one.name, arm.name)
@@ -105,7 +107,7 @@ def measure(
                 loaded.clear()
             try:
                 run = partial(run_once, experiment, arm, own, repeat, loaded, stack)
-                measured = steadiest(run, quiet, experiment.tries)
+                measured = steadiest(run, quiet, experiment.tries, partial(running, words))
             except PyllamabatchError as error:
                 measured = Measured.failed(str(error))
             except Exception as error:
@@ -128,11 +130,19 @@ def measure(
             )
 
 
-def steadiest(run: Callable[[], Measured], limit: float, tries: int) -> Measured:
+def steadiest(
+    run: Callable[[], Measured],
+    limit: float,
+    tries: int,
+    again: Callable[[], None] = lambda: None,
+) -> Measured:
     """The first of `tries` runs in which others use no more than `limit` cores, else the one in
-    which they use least. `disturbed_runs`: how many more there were."""
+    which they use least. `disturbed_runs`: how many more there were. `again`: before each but the
+    first."""
     made: list[Measured] = []
     while len(made) < tries:
+        if made:
+            again()
         made.append(run())
         if made[-1].error or made[-1].detail.get("other_cpu", 0.0) <= limit:
             break

@@ -68,13 +68,15 @@ def test_runs_that_others_disturb_are_made_again_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = iter([0.5, 0.5, 0.01])
-    monkeypatch.setattr(compare, "wait_for_quiet", lambda limit: None)
+    waited: list[float] = []
+    monkeypatch.setattr(compare, "wait_for_quiet", waited.append)
     monkeypatch.setattr(OtherCores, "used", lambda _: next(used))
     words = ["--quick", "--model", "default", "-N", "2", "--arms", "contexts", "--threads", "1"]
     out = tmp_path / "rows.jsonl"
     assert main(["compare", *words, "--undisturbed", "0.1", "--out", str(out)]) == 0
     (only,) = read(out)
     assert (only.detail["other_cpu"], only.detail["disturbed_runs"]) == (0.01, 2)
+    assert waited == [0.1] * 3
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
