@@ -121,11 +121,11 @@ def _rows(plan: Plan, view: StepView) -> CheckedRows:
         if n_named:
             _broken("decode-all", f"tokens for {[id for id in tokens if id in decoding]}")
         if not plan.sit_out <= decoding:
-            _broken("decode-all", f"{sorted(plan.sit_out - decoding)} do not decode")
+            _broken("decode-all", f"{[*plan.sit_out - decoding]} do not decode")
         out: Set[int] = plan.sit_out | {id for id in plan.preempt if id in decoding}
         return CheckedRows(len(decoding) - len(out), out, others)
     if plan.sit_out:
-        _broken("decode-all", f"{sorted(plan.sit_out)} sit out")
+        _broken("decode-all", f"{[*plan.sit_out]} sit out")
     for id in tokens.keys() & decoding if n_named else ():
         if tokens[id] != 1:
             _broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")

@@ -66,6 +66,8 @@ BROKEN: list[tuple[str, Any]] = [
     ("plan", Plan([1, 2])),  # type: ignore[arg-type]
     ("plan", Plan({1: 1}, preempt=2)),  # type: ignore[arg-type]
     ("plan", Plan(decode_all=True, sit_out=2)),  # type: ignore[arg-type]
+    ("decode-all", Plan(decode_all=True, sit_out={None, 7})),  # type: ignore[arg-type]
+    ("decode-all", Plan({4: 4}, sit_out={None, 7})),  # type: ignore[arg-type]
     ("known-sequence", Plan({7: 1})),
     ("known-sequence", Plan({1: 1}, preempt=(7,))),
     ("whole-tokens", Plan({1: 0})),
