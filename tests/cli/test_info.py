@@ -91,7 +91,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, cap
     ("words", "says"),
     [
         ("", "pyllamabatch: .*COMMAND"),
-        ("gen", "pyllamabatch: .*'generate'"),
+        ("gen", "pyllamabatch: .*generate"),
         ("serve --port 99999", "pyllamabatch serve: .*--port: 99999 is not 0 to 65535"),
         ("serve --n_ctx=5", "pyllamabatch serve: unknown: --n_ctx=5, did you mean --n-ctx?"),
         ("--verbose info", "pyllamabatch info: --verbose goes behind pyllamabatch info"),
