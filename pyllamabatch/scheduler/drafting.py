@@ -43,7 +43,7 @@ _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it;
 # where the next one is, too, or little was known, what is known begins anew with it
-_FEW = 2  # steps, which can't show that: the first ones with a new graph may take much longer
+_FEW = 2  # steps in a row, which can't show that: the first ones of a kind may take much longer
 _ENOUGH = (
     8  # steps: so many without drafts are timed before those with drafts are compared with them
 )
@@ -92,7 +92,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, float, int]] = {}  # by rows: factor, weight, step
-        self._doubted = set[int]()  # of these the last call was far off
+        self._doubted = dict[int, int]()  # of these the last calls' steps, so many, were far off
         self._n_steps = 0
 
     def observe(self, n_rows: int, n_steps: int, ratio: float) -> bool:
@@ -102,13 +102,14 @@ class StepTimes:
         factor, weight, _ = self._known.get(n_rows, new)
         near = min(max(ratio, factor / _OFF_MOST), factor * _OFF_MOST)
         agrees, weight = near == ratio, min(weight, _COUNTS)
-        if agrees:
-            self._doubted.discard(n_rows)
-        elif n_rows in self._doubted or (weight < _ENOUGH and weight + n_steps > _FEW):
-            factor, near, weight = ratio, ratio, 0.0
-            self._doubted.discard(n_rows)
-        else:
-            self._doubted.add(n_rows)
+        doubted = self._doubted.pop(n_rows, 0)
+        if not agrees:
+            if (doubted or weight < _ENOUGH) and doubted + n_steps > _FEW:
+                factor, near, weight = ratio, ratio, 0.0
+            else:
+                self._doubted[n_rows] = doubted + n_steps
+                if not weight:
+                    return False
         n = weight + n_steps
         # the mean of speeds: what was disturbed counts little
         self._known[n_rows] = n / (weight / factor + n_steps / near), n, self._n_steps

@@ -21,9 +21,10 @@ from pyllamabatch.sim import (
     acceptance_of,
     draw,
     draw_acceptance,
+    replica,
     simulate,
 )
-from pyllamabatch.sim.drafts import F64, Luck, decide
+from pyllamabatch.sim.drafts import F64, Luck, decide, steps_of
 from tests.sim.test_simulate import linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
 from tests.support.made_up_costs import Linear
@@ -138,6 +139,32 @@ def test_nor_in_any_round(n: int, acceptance: float) -> None:
     assert ratios.min() > 0.99
     if acceptance == 0.8:
         assert ratios[-1] > 1.5
+
+
+@pytest.mark.parametrize("n", [4, 8, 16])
+def test_the_first_steps_of_a_device_may_be_slow(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them wait for memory. The rounds behind the next one have drafts all the same."""
+    cost = CostModel.fit(
+        shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
+    )
+    waits, drafted = [0.15, 0.15], steps_of
+
+    def slow(step: Step, k: int, left: Any, luck: Any, limits: Any, seconds_of: Any,
+                 last: int = 0) -> Any:  # fmt: skip
+        def seconds(rows: int, at: int) -> tuple[float, float]:
+            own, graph = seconds_of(rows, at)
+            return own + (waits.pop() if waits and rows > n else 0.0), graph
+
+        return drafted(step, k, left, luck, limits, seconds, last)
+
+    monkeypatch.setattr(replica, "steps_of", slow)
+    shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": False}
+    requests = [one(r * n + i, 60.0 * r, 64, 256) for r in range(8) for i in range(n)]
+    plain = ends(simulate(requests, EngineSpec.of(cost, **shape)), n)
+    spec = EngineSpec.of(cost, speculate=True, **shape)
+    found = simulate([replace(r, acceptance=0.8) for r in requests], spec)
+    assert not waits
+    assert (plain / ends(found, n))[4:].min() > 1.2
 
 
 def test_one_without_any_drafts_keeps_no_others_from_theirs() -> None:
