@@ -271,6 +271,32 @@ def test_another_server_at_the_same_address_is_told_from_the_first(
 
 
 @pytest.mark.browser
+def test_another_server_begins_with_an_empty_page(served: Served, page: Any) -> None:
+    """Not with the last one's batch, until it has steps itself."""
+    others: list[str] = []
+
+    def answer(route: Any) -> None:
+        stats = {"running": 0, "waiting": 0, "preemptions": 0}
+        stats |= {"prefix_hit_rate": 0, "kv_cached": 0, "itl_ms": 9}
+        feed = {"server": "first", "steps": [], "n_slots": 64, "n_cells": 65536, "stats": stats}
+        if others:
+            feed["server"] = others[0]
+        elif route.request.url.endswith("=-1"):
+            feed["steps"] = [made_up_step(1)]
+        route.fulfill(json=feed)
+
+    def drawn() -> int:
+        """How opaque the first step of the first lane is."""
+        return int(page.evaluate("pen.getImageData(GUTTER + 1, TOP + 1, 1, 1).data[3]"))
+
+    page.route("**/steps*", answer)
+    page.goto(served.url)
+    until(drawn)
+    others.append("other")
+    until(lambda: not drawn())
+
+
+@pytest.mark.browser
 def test_the_page_s_chat_shows_thoughts_and_failures(served: Served, page: Any) -> None:
     deltas: list[dict[str, Any]] = [{"reasoning_content": "Hm. "}, {"content": "42"}]
     events = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas]

@@ -68,7 +68,8 @@ function addSteps(steps) {
 }
 
 function forget() {
-  Object.assign(state, { steps: [], nSlots: 1, nCells: 1, first: 0, back: 0, chosen: null });
+  const empty = { steps: [], nSlots: 1, nCells: 1, first: 0, back: 0, chosen: null, changed: true };
+  Object.assign(state, empty);
   state.requests.clear();
   state.out.clear();
 }
