@@ -50,6 +50,7 @@ def sharing_of(
     return Sharing(
         copy_part=can.prefix_copy and shares,
         copy_whole=shares,
+        at_once=not can.copies_wait,
         trim=can.partial_removal,
         window=can.swa_window,
         tries=swa_full,

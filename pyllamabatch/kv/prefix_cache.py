@@ -5,8 +5,7 @@ operations, which the engine carries out and the simulator skips.
 Every slot that holds something is known by its tokens: a running one by those that its sequence
 started with, a cached one (its sequence has ended, or was preempted) by all that it holds."""
 
-import heapq
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 
 from .accounting import KvAccounting
 from .radix_tree import RadixTree, Tokens, n_common
@@ -51,6 +50,7 @@ class PrefixCache:
         self.sharing = sharing
         self.retain = retain and sharing.any
         self.kv_operations: list[KvOperation] = []
+        self._copying: set[int] = set()  # slots of copies that were taken and wait for a step
         self.changed: set[Key] = set()
         self._accounting = accounting
         n_slots = accounting.n_seq_max
@@ -58,7 +58,7 @@ class PrefixCache:
         self._n_running = n_slots - sharing.n_cached if self._apart else n_slots
         self._copy_share = copy_share
         self._reused = REUSED_COPIES if self._apart else REUSED
-        self._free = list(range(self._n_running))  # empty slots, a heap
+        self._free = list(range(self._n_running))  # empty slots
         self.next_slots: list[int] = []  # where the next ones start, if they are empty
         self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
         self._trees: dict[Hashable, RadixTree] = {}
@@ -151,7 +151,7 @@ class PrefixCache:
         """A slot for sequence `id`, which holds the first `hit.n` tokens."""
         source, n, accounting = hit.slot, hit.n, self._accounting
         copies = n > 0 and self._copies(hit)
-        slot = self._take_slot(besides=source) if copies or n == 0 else None
+        slot = self._take_slot(besides=(source,)) if copies or n == 0 else None
         if n == 0:
             if slot is None:
                 raise ValueError("every slot is running")
@@ -179,6 +179,12 @@ class PrefixCache:
             accounting.trim(slot, n)
             self.kv_operations.append(KvOperation("trim", slot, n=n, id=id))
         return slot
+
+    def start_saved(self) -> int | None:
+        """An empty slot that a saved state can be loaded into. None: not before the next step, with
+        which copies are made that would read or write what is loaded."""
+        waits = self._copying.union(*map(self._copies_in, self.kv_operations))
+        return self._take_slot(besides=waits)
 
     def lives(self, slot: int, tokens: Tokens, space: Hashable, start: int) -> None:
         """A sequence that begins with `tokens` runs in `slot`, from position `start` on; or it
@@ -231,7 +237,8 @@ class PrefixCache:
         empty = [free for free in self._free if free not in self.next_slots]
         if not empty or (min(empty) > slot and slot not in self.next_slots):
             return None
-        target, held = self._take(min(empty)), self._accounting.held(slot)
+        target, held = min(empty), self._accounting.held(slot)
+        self._free.remove(target)
         known, stops = self._known.get(slot), self._stops.get(slot)
         self._accounting.share(slot, target, held)
         self.kv_operations.append(KvOperation("copy", target, slot, held, True, id))
@@ -425,30 +432,35 @@ class PrefixCache:
     def take_kv_operations(self) -> tuple[KvOperation, ...]:
         """Those that were decided since the last call."""
         operations, self.kv_operations = self.kv_operations, []
+        self._copying.update(*map(self._copies_in, operations))
         return tuple(operations)
+
+    def computed(self) -> None:
+        """A step was, and with it the copies that were taken are made."""
+        self._copying.clear()
+
+    def _copies_in(self, operation: KvOperation) -> tuple[int, ...]:
+        """From where and to where it copies with the next step."""
+        waits = not (self._accounting.unified or self.sharing.at_once)
+        return (operation.source, operation.slot) if waits and operation.kind == "copy" else ()
 
     def _empty(self, slot: int) -> None:
         self._accounting.release(slot)
         self.kv_operations.append(KvOperation("remove", slot))
-        heapq.heappush(self._heap(slot), slot)
+        (self._free if slot < self._n_running else self._behind).append(slot)
 
-    def _heap(self, slot: int) -> list[int]:
-        return self._free if slot < self._n_running else self._behind
-
-    def _take_slot(self, besides: int = -1, *, to_cache: bool = False) -> int | None:
-        """An empty slot, or a cached one (but not `besides`), emptied; None when all others are
-        running. `to_cache`: one for a copy."""
-        heap = self._behind if to_cache and self._apart else self._free
-        if not heap:
-            behind, first = heap is self._behind, self._n_running
-            found = [s for s in self._by_worth() if s != besides and (s >= first) == behind]
+    def _take_slot(self, besides: Collection[int] = (), *, to_cache: bool = False) -> int | None:
+        """An empty slot, or a cached one, emptied, but none of `besides`; None when there is none.
+        `to_cache`: one for a copy."""
+        slots = self._behind if to_cache and self._apart else self._free
+        empty = [slot for slot in slots if slot not in besides]
+        if not empty:
+            behind, first = slots is self._behind, self._n_running
+            found = [s for s in self._by_worth() if s not in besides and (s >= first) == behind]
             if not found:
                 return None
             self._evict(found[0])
-        wanted = [slot for slot in self.next_slots if slot in heap]
-        return self._take(wanted[0]) if wanted else heapq.heappop(heap)
-
-    def _take(self, slot: int) -> int:
-        self._free.remove(slot)
-        heapq.heapify(self._free)
+            empty = found[:1]
+        slot = next((slot for slot in self.next_slots if slot in empty), min(empty))
+        slots.remove(slot)
         return slot

@@ -18,6 +18,7 @@ class Sharing:
 
     - copy_part: any prefix of a sequence can be copied to an empty slot.
     - copy_whole: all of a sequence can.
+    - at_once: a copy between streams is made at once, and not with the next step.
     - trim: the end of a sequence can be cut off.
     - window: a sequence longer than this is only good as a whole, for the older cells of its
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
@@ -27,6 +28,7 @@ class Sharing:
 
     copy_part: bool = False
     copy_whole: bool = False
+    at_once: bool = False
     trim: bool = False
     window: int = 0
     tries: bool = False

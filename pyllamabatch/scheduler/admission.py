@@ -175,10 +175,13 @@ class Admission:
 
     # -- while they run
 
-    def admit(self, id: int, spare: int, fresh: set[int]) -> tuple[int, StartPoint] | None:
+    def admit(
+        self, id: int, spare: int, fresh: set[int], *, alone: bool
+    ) -> tuple[int, StartPoint] | None:
         """A slot for a sequence that waits, and what it starts from there. `spare`: free cells that
-        the rows of this step do not need. `fresh`: slots that were given in the same plan; None,
-        and nothing has changed, when it had better wait for one of these."""
+        the rows of this step do not need. `fresh`: slots that were given in the same plan. `alone`:
+        no other sequence has rows. None, and nothing has changed, when it had better wait for one
+        of these, or for the step."""
         start, cache = self._waiting[id], self.cache
         start.saved = self._saved.get(id, 0)
         if start.tokens is None and not start.saved:
@@ -189,10 +192,17 @@ class Admission:
             return None
         if start.cells > spare:
             start.hit, start.saved = NO_HIT, 0
-        n = start.n
+        slot = None
         if start.saved > start.hit.n:
-            start.hit = NO_HIT
-            slot = cache.start(id)
+            slot = cache.start_saved()
+            if slot is not None:
+                start.hit = NO_HIT
+            elif alone:
+                start.saved = 0
+            else:
+                return None
+        n = start.n
+        if slot is not None:
             cache.make_cells(n)
             self.accounting.take(slot, n)
             cache.kv_operations.append(KvOperation("load", slot, n=n, id=id))

@@ -404,7 +404,8 @@ class Scheduler:
         admitted: list[tuple[int, int]] = []
         fresh: set[int] = set()
         for id in newcomers:
-            slot = self.sequences.admit(id, self.accounting.free - n_rows, fresh)
+            alone = not (rows.n_decodes or len(rows.others) > len(newcomers) or fresh)
+            slot = self.sequences.admit(id, self.accounting.free - n_rows, fresh, alone=alone)
             if slot is not None:
                 admitted.append((id, slot))
                 fresh.add(slot)
@@ -424,6 +425,7 @@ class Scheduler:
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
         self._count_back(step, n)
+        self.admission.cache.computed()
         self._progress.advance(step, n, now, drafted)
         if self._pool is not None:
             self._reached_ends(step)

@@ -121,10 +121,10 @@ class Sequences:
         self.closed = True
         return id, slot
 
-    def admit(self, id: int, spare: int, fresh: set[int]) -> int | None:
+    def admit(self, id: int, spare: int, fresh: set[int], *, alone: bool) -> int | None:
         """A waiting sequence runs from now on; its slot. None when it had better wait, see
         `Admission.admit`."""
-        admitted = self._admission.admit(id, spare, fresh)
+        admitted = self._admission.admit(id, spare, fresh, alone=alone)
         if admitted is None:
             return None
         entry = self.waiting.ids[id]

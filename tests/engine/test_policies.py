@@ -1,11 +1,13 @@
 """Every policy, live: the same tokens, in another order of steps."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs, make_policy, policy_names, static
+from tests.support.engines import check_idle, engine_on, greedy
 
 TASKS = ["Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -74,3 +76,38 @@ def test_a_policy_that_waits_for_a_reader_keeps_nothing_from_it(embedded_model: 
         finally:
             policy.read = True
         assert stream.result(60).n_generated > 0
+
+
+class InTurns:
+    """Those with the fewest rounds of six tokens run."""
+
+    def plan(self, view: StepView) -> Plan:
+        ranked = sorted(
+            [*view.running, *view.waiting], key=lambda seq: (seq.generated // 6, seq.id)
+        )
+        chosen = ranked[: view.limits.n_seq_max]
+        ids = {seq.id for seq in chosen}
+        preempt = tuple(seq.id for seq in view.running if seq.id not in ids)
+        return Plan({seq.id: seq.remaining for seq in chosen}, preempt=preempt)
+
+
+def test_no_saved_state_is_lost_to_a_copy_that_waits(
+    embedded_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What ends is copied out of its slot, to be cached, with the step that one is swapped into."""
+    prompts = [f"{i}: what is {i} + {7 * i}? And {i} times 3?" for i in range(12)]
+    params = [greedy(9 + 7 * i % 20) for i in range(len(prompts))]
+    options: dict[str, Any] = {"kv_unified": False, "n_batch": 256, "preemption": "swap"}
+    with engine_on(embedded_model) as engine:
+        expected = [result.tokens for result in engine.generate(prompts, params)]
+    with engine_on(embedded_model, policy=InTurns(), **options) as engine:
+        engine._core.scheduler.admission.swap.stream_seconds = 0.0  # each copy pays
+        with engine._core.state:  # none starts before the last one waits
+            streams = [engine.submit(*request) for request in zip(prompts, params, strict=True)]
+        assert [stream.result(60).tokens for stream in streams] == expected
+        counters = engine._core.scheduler.counters
+        assert counters.preemptions > 0
+        assert counters.loaded_tokens > 0
+        assert counters.recomputed_rows == 0
+        assert caplog.records == []
+        check_idle(engine)

@@ -179,6 +179,29 @@ def test_a_sequence_may_come_with_a_saved_state() -> None:
     assert prompt_rows(one) == 10
 
 
+@pytest.mark.parametrize(
+    ("others", "at_once", "rows"),
+    [(1, False, 10), (0, False, 50), (0, True, 10)],
+    ids=["waits for a step", "is the only one", "copies are made at once"],
+)
+def test_no_state_is_loaded_where_a_copy_waits(others: int, at_once: bool, rows: int) -> None:
+    """All slots but the one of what has ended are taken: it is cached, by a copy."""
+    sharing = Sharing(copy_whole=True, trim=True, n_cached=1, at_once=at_once)
+    one = machine(sharing, replace(STREAMS, n_seq_max=1 + others))
+    for id in range(2, 2 + others):
+        one.add(id, 20, 20)
+    one.add(1, 30, 20, end=3)
+    while 1 not in one.done:
+        one.step()
+    assert one.moved["copy"] == 1
+    before = one.scheduler.counters.prefill_rows
+    one.memory.saved[9] = list(range(40))
+    one.add(9, 50, 5, alike=50, saved=40)
+    one.run()
+    assert one.scheduler.counters.prefill_rows - before == rows - 1
+    assert one.moved["load"] == (rows == 10)
+
+
 def test_nothing_is_cached_of_what_has_failed() -> None:
     one = machine()
     one.add(1, 50, 60)

@@ -11,12 +11,14 @@ Cell = tuple[int, object]
 
 class Cells:
     """Of every slot the cells. `sharing`: what the memory can do. `unified`: slots share cells;
-    else each has its own. `saved`: tokens of saved states, by sequence id."""
+    else each has its own, and copies wait for the next step. `saved`: tokens of saved states, by
+    sequence id. `copying`: slots of copies that wait."""
 
     def __init__(self, sharing: Sharing, unified: bool) -> None:
         self.sharing, self.unified = sharing, unified
         self.slots: dict[int, list[Cell]] = {}
         self.saved: dict[int, list[int]] = {}
+        self.copying: set[int] = set()
 
     def held(self, slot: int) -> int:
         return len(self.slots.get(slot, ()))
@@ -60,11 +62,13 @@ class Cells:
                 self.slots[slot] = source[:n]
             else:
                 self.write(slot, self.tokens(operation.source)[:n])
+                self.copying |= set() if can.at_once else {operation.source, slot}
         elif operation.kind == "save":
             assert n == len(held)
             self.saved[operation.id] = self.tokens(slot)
         elif operation.kind == "load":
             assert not held
+            assert slot not in self.copying
             self.write(slot, self.saved.pop(operation.id))
             assert len(self.slots[slot]) == n
         elif operation.kind == "store":

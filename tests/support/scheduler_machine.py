@@ -255,6 +255,7 @@ class Machine:
             assert self.memory.used <= self.limits.n_cells
         assert all(len(cells) <= self.limits.n_cells_seq for cells in self.memory.slots.values())
         self.now += STEP_SECONDS
+        self.memory.copying.clear()
         if advance and step.n_rows:
             self.scheduler.advance(step)
             self.carry_out()
