@@ -42,11 +42,11 @@ writes the same over it."""
 
 def unstamped(system: Any) -> Any:
     """A text, or blocks, with the same stamp in each request."""
-    if isinstance(system, str):
-        return STAMP.sub(r"\1fffff", system)
-    if isinstance(system, list) and system and isinstance(system[0], dict):
-        first = system[0]
-        return [{**first, "text": unstamped(first.get("text"))}, *system[1:]]
+    match system:
+        case str():
+            return STAMP.sub(r"\1fffff", system)
+        case [{"text": text} as first, *more]:
+            return [{**first, "text": unstamped(text)}, *more]
     return system
 
 
