@@ -226,17 +226,12 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) 
     return even_ ? 1 + std::max(n, 0) : 1;
 }
 
-// Rows that fill up behind those of the last slot, where each has its own number of rows.
-int32_t drafts::behind(const plb_engine & engine, int32_t n_wanted) {
-    int32_t n_rows = 0, n_planned = 0;
-    for (const rows & r : rows_) {
-        n_rows += 1 + r.n_drafted;
-        n_planned += 1 + n_most_[(size_t) r.seq];
-    }
-    const rows & last = rows_.back();
-    const int32_t next = engine.slots[last.seq]->next_pos + 1 + last.n_drafted;
+// Rows that fill up behind the drafts of a slot, where each has its own number of rows and the step is to
+// have n more. With them it has no more than it may have with drafts: the device samples so many.
+int32_t drafts::behind(const plb_engine & engine, const rows & r, int32_t n) const {
+    const int32_t next = engine.slots[r.seq]->next_pos + 1 + r.n_drafted;
     const int32_t positions = std::min(engine.views.n_pos_max, n_ctx_seq_) - next;
-    return std::max(0, std::min({n_wanted, n_planned, n_rows_max(engine), n_rows + positions}) - n_rows);
+    return std::clamp(std::min(n_most_[(size_t) r.seq] - r.n_drafted, positions), 0, n);
 }
 
 int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad) {
@@ -257,13 +252,18 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
     }
     const int32_t n_wanted = prices_.there() ? choose(engine, n_pad) : 0;
     n_each_ = cut(engine, n_pad, n_wanted);
-    const int32_t n_behind = even_ ? 0 : behind(engine, n_wanted);
+    int32_t n_more = even_ ? 0 : std::min(n_wanted, n_rows_max(engine));
+    for (const rows & r : rows_) {
+        n_more = std::max(0, n_more - 1 - r.n_drafted);
+    }
     int32_t row = 0;
     for (rows & r : rows_) {
         const plb_slot & slot = *engine.slots[r.seq];
         const llama_token * token = &token_[(size_t) r.seq * (size_t) n_max_];
         r.first = row;
-        r.n     = std::max(1 + r.n_drafted, n_each_) + (&r == &rows_.back() ? n_behind : 0);
+        const int32_t n_behind = behind(engine, r, n_more);
+        n_more -= n_behind;
+        r.n = std::max(1 + r.n_drafted, n_each_) + n_behind;
         n_longest_ = std::max(n_longest_, r.n);
         for (int32_t j = 0; j < r.n; ++j, ++row) {
             engine.token[row] = j == 0 || j > r.n_drafted ? slot.next_token : token[j - 1];

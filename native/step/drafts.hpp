@@ -67,7 +67,7 @@ private:
     int32_t n_rows_max(const plb_engine & engine) const;
     int32_t width(const plb_engine & engine, int32_t n_pad) const;
     int32_t cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted);
-    int32_t behind(const plb_engine & engine, int32_t n_wanted);
+    int32_t behind(const plb_engine & engine, const rows & r, int32_t n) const;
     int32_t choose(const plb_engine & engine, int32_t n_pad);
     void note(const plb_engine & engine, const rows & r, int32_t n_right);
     static void collect(match_record & own, match_record & usual);

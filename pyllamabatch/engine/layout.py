@@ -217,7 +217,7 @@ def _open(
         reasons["n_rs_seq"] = "a snapshot of each state for each token that can be taken back"
     n_outputs = _n_outputs(model, options, given)
     outputs = {"n_outputs_max": n_outputs, "n_outputs_max_per_seq": _n_outputs_per_seq(options)}
-    context = NativeContext(model, n_ctx=n_ctx, **outputs, **given)
+    context = NativeContext(model, n_ctx=n_ctx, **(given | outputs))
     return context, replace(layout, reasons=reasons)
 
 

@@ -216,6 +216,38 @@ def test_drafted_rows_are_sampled_there_as_well(
         assert len(tokens) > 12  # of which some were drafted
 
 
+def test_rows_that_fill_up_leave_a_step_on_the_device(model: Model) -> None:
+    """Where a new graph is dear, a step has as many rows as the one before. No sequence gets more
+    than it has outputs."""
+    how: dict[str, Any] = EXACT | {"kv_unified": True, "n_outputs_max": 2 * (1 + N_DRAFT)}
+    if model.is_hybrid:
+        how["n_rs_seq"] = N_DRAFT
+    with (
+        context_of(model, n_outputs_max_per_seq=1 + N_DRAFT, n_seq_max=2, **how) as context,
+        Stepper(context, device_sampling=True, n_draft_max=N_DRAFT) as stepper,
+    ):
+        each = mixed(60)[:2]
+        right = generate(stepper, each, 20, on_device=1)
+        context.memory.clear()
+        tokens = [[begin(stepper, each[seq], prompt(seq, 3 + 7 * seq), seq=seq)] for seq in (0, 1)]
+        drafts = stepper.drafts
+        assert drafts is not None
+        for n in (0, 4, 1):  # the first step begins what is known of drafts
+            drafts.n_most[:], drafts.n_given[:] = N_DRAFT * (n > 0), n
+            for seq, known in enumerate(tokens):
+                drafts.token[seq, :n] = right[seq][len(known) :][:n]
+            result = stepper.run([0, 1], 1)
+            (step,) = result.steps
+            assert (step["on_device"], step["n_drafted"]) == (1, 2 * n)
+            assert step["n_rows"] == (2 * (1 + N_DRAFT) if n else 2)
+            for seq, token in zip(result.seq.tolist(), result.token.tolist(), strict=True):
+                tokens[seq].append(token)
+            n_priced = len(drafts.seconds)
+            drafts.seconds[:] = drafts.worst[:] = 1 + 0.01 * np.arange(n_priced)
+            drafts.n_priced[0], drafts.credit[0], drafts.new_graph[0] = n_priced, 100, 0.5
+    assert tokens == [known[: len(got)] for known, got in zip(right, tokens, strict=True)]
+
+
 def test_logits_that_are_asked_for_are_there(model: Model) -> None:
     with context_of(model) as context, Stepper(context, device_sampling=True) as stepper:
         generate(stepper, mixed(1), 2, on_device=1)
