@@ -188,6 +188,7 @@ def test_a_request_may_fill_the_cache_to_the_last_cell(shared: Engine) -> None:
         ("max_restarts", 1.5, "max_restarts"),
         ("max_restarts", True, "max_restarts"),
         ("embeddings", True, "embeddings=True: the engine sets it itself"),
+        ("n_outputs_max_per_seq", 1, "n_outputs_max_per_seq=1: the engine sets it itself"),
     ],
 )
 def test_bad_engines(model: Model, option: str, value: Any, says: str) -> None:

@@ -60,6 +60,16 @@ def test_streams_by_default_leave_memory_to_others(
         assert "free memory" in engine.layout
 
 
+@pytest.mark.parametrize("speculate", [None, "ngram"])
+def test_zero_outputs_are_as_many_as_the_engine_needs(model: Model, speculate: str | None) -> None:
+    names, found = ("n_outputs_max", "n_outputs_max_per_seq"), list[Any]()
+    for given in (dict[str, int](), dict.fromkeys(names, 0)):
+        with engine_on(model, speculate=speculate, **given) as engine:
+            found.append([engine._context.params[name] for name in names])
+    assert found[0] == found[1]
+    assert found[0][1] == (1 if speculate is None else 1 + layout.DRAFT_MOST)
+
+
 def test_another_layout_is_refused(model: Model) -> None:
     with pytest.raises(ArgumentError, match=r'kv_unified=.pool.*"auto"'):
         engine_on(model, kv_unified="pool")
