@@ -86,34 +86,31 @@ void steps_are_timed_and_paid_for() {
     constexpr int64_t SECOND = 1000000000;
     prices.begin();
     prices.choose(offers, 1, false);
-    prices.computed({1, false, true, false, SECOND, 1, 1});
-    prices.computed({1, false, false, false, 9 * SECOND, 1, 1}); // another graph
-    prices.computed({5, true, false, false, 3 * SECOND, 4, 1});
+    prices.computed({1, false, true, SECOND, 1, 1});
+    prices.computed({1, false, false, 9 * SECOND, 1, 1}); // another graph
+    prices.computed({5, true, false, 3 * SECOND, 4, 1});
     CHECK(views.n_timed[1] == 1);
     CHECK(views.ns_timed[1] == SECOND);
     CHECK(views.n_timed[5] == 1);
     CHECK(views.ns_timed[5] == 3 * SECOND);
     CHECK(std::fabs(*views.credit - 1) < 1e-6f); // four tokens for three
-    prices.computed({1, false, false, false, SECOND + SECOND / 4, 1, 1}); // back again: the drafts pay
+    prices.computed({1, false, false, SECOND + SECOND / 4, 1, 1}); // back again: the drafts pay
     CHECK(views.n_timed[1] == 1);
     CHECK(std::llabs(views.ns_timed[5] - 3 * SECOND - SECOND / 4) < 100);
     CHECK(std::fabs(*views.credit - 0.75f) < 1e-6f);
-    prices.computed({5, true, false, false, 3 * SECOND, 1, 1});
+    prices.computed({5, true, false, 3 * SECOND, 1, 1});
     CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
-    prices.computed({5, true, false, false, 0, 1, 1}); // not timed
+    prices.computed({5, true, false, 0, 1, 1}); // not timed
     CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
-    prices.computed({5, true, false, true, 3 * SECOND, 3, 1}); // candidates are chosen elsewhere now
+    prices.computed({1, false, true, SECOND, 1, 1});
+    CHECK(views.n_timed[1] == 1);
     CHECK(views.n_timed[5] == 2);
     CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
-    prices.computed({1, false, true, false, SECOND, 1, 1});
-    prices.computed({1, false, true, true, SECOND + SECOND / 2, 1, 1}); // it stays there: a loss
-    CHECK(views.n_timed[1] == 1);
-    CHECK(std::fabs(*views.credit + 1.75f) < 1e-6f);
     prices.begin();
     CHECK(views.n_timed[5] == 0);
     CHECK(views.ns_timed[5] == 0);
     for (const int32_t seconds : {1, 1, 9, 1}) { // a disturbed one counts little
-        prices.computed({1, false, true, false, seconds * SECOND, 1, 1});
+        prices.computed({1, false, true, seconds * SECOND, 1, 1});
     }
     CHECK(views.n_timed[1] == 4);
     CHECK(std::fabs(1e-9 * (double) views.ns_timed[1] - 16 / (3 + 1.0 / 9)) < 1e-6);
@@ -127,7 +124,7 @@ void a_dear_graph_stays() {
     constexpr int64_t SECOND = 1000000000;
     prices.begin();
     CHECK(prices.choose(offers, 1, false) == 5);
-    const auto computed = [&](bool reused) { prices.computed({5, true, reused, false, SECOND, 4, 1}); };
+    const auto computed = [&](bool reused) { prices.computed({5, true, reused, SECOND, 4, 1}); };
     computed(false);
     computed(true);
     CHECK(views.n_timed[5] == 0); // what it takes at first is no price
@@ -144,13 +141,13 @@ void a_dear_graph_stays() {
     *views.new_graph = 0; // it costs nothing
     offers = {{GOOD.data(), 2, 0}};
     CHECK(prices.choose(offers, 1, false) == 3 && prices.choose(offers, 1, true) == 3);
-    prices.computed({3, true, false, false, SECOND, 2, 1});
+    prices.computed({3, true, false, SECOND, 2, 1});
     CHECK(views.n_timed[3] == 1);
     *views.new_graph = 1000; // more than it can give
     CHECK(prices.choose(offers, 2, false) == 3 && prices.choose(offers, 3, false) == 3);
     offers.push_back({GOOD.data(), 2, 0});
     CHECK(prices.choose(offers, 4, false) == 4 && offers[0].chosen == 0);
-    prices.computed({20, true, false, false, SECOND, 20, 4});
+    prices.computed({20, true, false, SECOND, 20, 4});
     *views.new_graph = 1;
     CHECK(prices.choose(offers, 2, true) <= 2 * 5); // no slot fills up to more than it may have
 }
@@ -321,7 +318,7 @@ void a_step_with_drafts_allocates_nothing() {
         std::fill_n(chance.begin(), n, 0.9f);
         offers[0] = {chance.data(), n, 0};
         const int32_t n_rows = prices.choose(offers, 1, i % 2 == 0);
-        prices.computed({n_rows, offers[0].chosen > 0, true, false, 1000000, 1, 1});
+        prices.computed({n_rows, offers[0].chosen > 0, true, 1000000, 1, 1});
         n_drafted += offers[0].chosen;
     }
     CHECK(n_allocations == before);
