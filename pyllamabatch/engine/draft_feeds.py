@@ -40,6 +40,9 @@ class Feed:
     def ended(self, id: int) -> None:
         """A request is over."""
 
+    def look(self) -> None:
+        """Drafts are about to be looked at."""
+
     def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
         """Before a call, whose `DraftColumns.n_most` is there."""
 
@@ -87,7 +90,8 @@ class LoadedDraft:
 
 class ModelFeed(Feed):
     """Of a draft model that the native step asks by itself, with a context for so many sequences
-    and cells as the stepper has. params: of the engine's context."""
+    and cells as the stepper has. params: of the engine's context. It hears of a sequence when
+    drafts are looked at, and at once where it reads what the target computes."""
 
     def __init__(self, loaded: LoadedDraft, stepper: Any, n_cells: int, params: Any) -> None:
         context = loaded.context(stepper.n_seq_max)
@@ -100,14 +104,27 @@ class ModelFeed(Feed):
         self.size = loaded.size
         self._loaded = loaded
         self._code = 0  # the last one that was told
+        self._new: dict[int, Request] = {}  # by slot: it has not heard of these
         self._draft.attach()
 
     def begin(self, slot: int, request: Request) -> None:
         if request.budget is not None:
-            self._draft.begin(slot, request.tokens)
+            self._new[slot] = request
+        if self._loaded.layers < 1:
+            self.look()
 
     def leave(self, slot: int) -> None:
-        self._draft.end(slot)
+        if self._new.pop(slot, None) is None:
+            self._draft.end(slot)
+
+    def look(self) -> None:
+        while self._new:
+            slot, request = self._new.popitem()
+            self._draft.begin(slot, request.known())
+
+    def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
+        if step.drafts:
+            self.look()
 
     def computed(self, run: Run) -> None:
         if run.draft_code:

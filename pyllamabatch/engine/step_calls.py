@@ -30,6 +30,7 @@ class StepCalls:
         self._drafts: DraftColumns | None = None if drafting is None else device.stepper.drafts
         if drafting is not None and self._drafts is not None:
             drafting.lacks, drafting.size = self._drafts.n_lacks, device.feed.size
+            drafting.asks = device.feed.look
         limits = scheduler.limits
         self._n_timed = 1 + min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step

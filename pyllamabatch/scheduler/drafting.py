@@ -13,6 +13,7 @@ no drafter (`Drafting.due`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import exp, inf
 from typing import NamedTuple
 
@@ -179,7 +180,8 @@ class Drafting:
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
         # Of a draft model, told by what asks it: tokens of each slot that it has to compute before
-        # it can draft, and its share of the model's size.
+        # it can draft, once `asks` was called, and its share of the model's size.
+        self.asks: Callable[[], None] = lambda: None
         self.lacks: npt.NDArray[np.integer] = np.zeros(n_slots, dtype=np.int32)
         self.size = 0.0
         self._wanted = 0.0  # credit without which it is of no use to look at drafts again,
@@ -333,6 +335,7 @@ class Drafting:
     ) -> Drafts:
         """Of the sequences that decode in these slots, with so many tokens left to generate.
         new_graph: seconds, as measured; None: as the cost model says."""
+        self.asks()
         limits, self._wanted, self._n_passed = self.limits, 0.0, 0
         self.looked = cost is not None  # else nothing can be said to be lost
         mine = self._owner[slots] == owner

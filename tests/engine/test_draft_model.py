@@ -86,8 +86,10 @@ def lacks_of(drafter: Draft, model: Model, *prompts: list[int]) -> list[int]:
     lacks: list[int] = []
 
     def look(builder: PlanBuilder) -> Speculation:
-        assert engine._core.scheduler.drafting is not None
-        lacks.append(int(engine._core.scheduler.drafting.lacks.sum()))
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        drafting.asks()
+        lacks.append(int(drafting.lacks.sum()))
         return Speculation(dict.fromkeys(builder.view.decoding, 2), 2)
 
     policy, found = ComposedPolicy(repeat=1, speculate=look), list[int]()
@@ -198,8 +200,9 @@ def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
 def test_an_engine_without_credit_does_nothing_for_drafts(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are not looked at, and the draft model computes nothing."""
+    """They are not looked at, and the draft model computes nothing, and hears of none."""
     monkeypatch.setattr(Drafting, "view", None)
+    monkeypatch.setattr(DraftModel, "begin", None)
     cost: Any = Linear(10.0)
     with engine_of(model, speculate=model, cost=cost) as engine:
         drafting = engine._core.scheduler.drafting
