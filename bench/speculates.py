@@ -34,10 +34,12 @@ class SideBySide:
         self._found: dict[Speculates, Future[Measured]] = {}
 
     def run(self, member: "Speculates", repeat: int) -> Measured:
-        """The first one who asks waits for all of them."""
+        """The first one who asks waits for all of them, and begins: each in turn."""
         if member not in self._found:
-            with ThreadPoolExecutor(len(self.members)) as threads:
-                self._found = {one: threads.submit(one.answer, repeat) for one in self.members}
+            first = self.members.index(member)
+            order = self.members[first:] + self.members[:first]
+            with ThreadPoolExecutor(len(order)) as threads:
+                self._found = {one: threads.submit(one.answer, repeat) for one in order}
         return self._found.pop(member).result()
 
 
