@@ -94,6 +94,7 @@ class EngineSpec:
             trim=True,
             n_cached=n_cached,
             grid=1 if invariance is None else invariance.grid,
+            at_once=unified,
         )
         cost = with_switch(cost)
         return cls(
