@@ -295,7 +295,7 @@ void drafts::note(const plb_engine & engine, const rows & r, int32_t n_right) {
 
 // In rounds: a row of each slot that goes on, on all sampling threads.
 int32_t drafts::sample(plb_engine & engine, int32_t first) {
-    const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
+    const bool has_logits = gives_logits(engine);
     live_.clear();
     for (size_t i = 0; i < rows_.size(); ++i) {
         live_.push_back((int32_t) i);
@@ -310,16 +310,9 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
             result.seq = r.seq;
             result.row = row;
             const size_t top = (size_t) (first + n + j) * engine.views.n_logprobs_max;
-            const int32_t at = engine.gaps ? engine.gaps->row(row) : row;
-            row_job & job = engine.jobs[j];
-            job = {engine.slots[r.seq].get(), nullptr, nullptr, &result, &engine.top_token[top],
-                   &engine.top_logprob[top]};
-            if (engine.info.on_device) {
-                job.logits = engine.short_rows[(size_t) at].logit;
-                job.ids    = engine.short_rows[(size_t) at].id;
-            } else if (has_logits) {
-                job.logits = llama_get_logits_ith(engine.ctx, at);
-            }
+            engine.jobs[j] = {engine.slots[r.seq].get(), nullptr, nullptr, &result, &engine.top_token[top],
+                              &engine.top_logprob[top]};
+            find_logits(engine, engine.jobs[j], row, has_logits);
         }
         engine.sampler->sample(engine.jobs.data(), n_jobs);
         size_t n_live = 0;

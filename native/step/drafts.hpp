@@ -35,8 +35,6 @@ public:
 
     // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
     int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
-    // Whether it may have drafted rows in any step.
-    bool wanted() const { return wanted_; }
     // Writes the rows of its next step; how many, 0 for one without drafts.
     int32_t write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad);
     // Of the step that was written: rows of each sequence that are there in any case, or 1.

@@ -226,6 +226,11 @@ void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexc
 int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad = 0,
                  bool drafted = false, int32_t n_behind = 0);
 
+// Whether the last batch has logits, or what the device has chosen of them; and those of one of its rows,
+// into the job that samples it.
+bool gives_logits(const plb_engine & engine);
+void find_logits(const plb_engine & engine, row_job & job, int32_t row, bool has_logits);
+
 // A result's slot goes on behind it.
 void advance(plb_engine & engine, const plb_result & result) noexcept;
 

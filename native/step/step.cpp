@@ -25,6 +25,20 @@ void plb::advance(plb_engine & engine, const plb_result & result) noexcept {
     }
 }
 
+bool plb::gives_logits(const plb_engine & engine) {
+    return engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
+}
+
+void plb::find_logits(const plb_engine & engine, row_job & job, int32_t row, bool has_logits) {
+    const int32_t at = engine.gaps ? engine.gaps->row(row) : row;
+    if (engine.info.on_device) {
+        job.logits = engine.short_rows[(size_t) at].logit;
+        job.ids    = engine.short_rows[(size_t) at].id;
+    } else if (has_logits) {
+        job.logits = llama_get_logits_ith(engine.ctx, at);
+    }
+}
+
 namespace {
 
 constexpr int32_t ROW_FLAGS = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
@@ -155,7 +169,7 @@ void choose_place(plb_engine & engine, int32_t n_rows, bool drafted) {
 
 // Rows begin to n_rows - 1, which were a batch.
 int32_t sample_rows(plb_engine & engine, int32_t begin, int32_t n_rows, int32_t first) {
-    const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
+    const bool has_logits = gives_logits(engine);
     const bool at_once = engine.info.on_device || each_slot_once(engine, n_rows); // short_enough
     int32_t n = 0;
     for (int32_t i = begin; i < n_rows; ++i) {
@@ -172,13 +186,7 @@ int32_t sample_rows(plb_engine & engine, int32_t begin, int32_t n_rows, int32_t 
         const size_t top = (size_t) (first + n) * engine.views.n_logprobs_max;
         row_job & job = engine.jobs[n];
         job = {&slot, nullptr, nullptr, &result, &engine.top_token[top], &engine.top_logprob[top]};
-        const int32_t at = engine.gaps ? engine.gaps->row(i - begin) : i - begin;
-        if (engine.info.on_device) {
-            job.logits = engine.short_rows[at].logit;
-            job.ids    = engine.short_rows[at].id;
-        } else if (has_logits) {
-            job.logits = llama_get_logits_ith(engine.ctx, at);
-        }
+        find_logits(engine, job, i - begin, has_logits);
         if (!at_once) { // a row may go on from one before it
             sample_row(engine.words, engine.sampler->own(), job);
             advance(engine, result);
