@@ -313,6 +313,7 @@ def test_what_one_set_has_lost_no_other_one_may_lose_again(
 
         core._stepper.compute, drafting.observe = computed, observed
         params = support.greedy(40)
-        streams = [engine.submit(PROMPTS[0] * 2, params, lora=chosen) for chosen in SETS[:2]]
+        with core.state:  # both are there at its first step
+            streams = [engine.submit(PROMPTS[0] * 2, params, lora=chosen) for chosen in SETS[:2]]
         assert [len(stream.result(60).tokens) for stream in streams] == [40, 40]
     assert set(found) == {(10.0, -4.0), (6.0, -4.0)}
