@@ -116,8 +116,7 @@ class CommandQueue:
         return False
 
     def post(self, command: Command) -> None:
-        """Also taken when it is closed, but the core thread may have ended then; not in a forked
-        child, which has none."""
+        """Also taken when it is closed, unless the core thread has ended; not in a forked child."""
         if not self.process.is_here:
             return
         with self._lock:
@@ -266,6 +265,8 @@ class CommandQueue:
     def end(self) -> None:
         """Nothing is done any more. Returns when no `keep_alive` is left."""
         with self._lock:
+            self._ended = True
+            self._commands.clear()
             self._tell_drains(anyway=True)
             self._work.wait_for(lambda: self._n_users == 0)
 
@@ -302,6 +303,8 @@ class CommandQueue:
                 future.set_result(self._quiet)
 
     def _put(self, command: Command, *, wake: bool = True) -> None:
+        if self._ended:
+            return
         self._commands.append(command)
         if not self._led:
             self._work.notify()

@@ -203,6 +203,15 @@ def test_close_ends_a_drain(model: Model) -> None:
         engine.resume()
 
 
+def test_a_closed_engine_is_drained_whatever_is_asked_of_it(model: Model) -> None:
+    engine = engine_on(model)
+    seq = engine.sequence(greedy())
+    seq.prompt(PROMPT)
+    for end in (engine.close, seq.close, seq.cancel, lambda: engine.close(wait=False)):
+        end()
+        assert engine.drain(0)
+
+
 def test_asyncio(model: Model) -> None:
     async def run(engine: Engine) -> None:
         with held(engine):
