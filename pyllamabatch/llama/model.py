@@ -80,6 +80,7 @@ class Model(Owner):
         # What to load it with again, without its weights (planner/residency.py).
         again = {name: value for name, value in params.items() if name not in _NOT_AGAIN}
         self._load: dict[str, Any] = again | {"splits": splits, "n_gpu_layers": n_gpu_layers}
+        self._load_mode: Any = params.get("load_mode", "auto")
         self._no_alloc: bool = native.no_alloc
         self._vocab_only: bool = native.vocab_only
         self._devices = _devices(native, params.get("devices"))

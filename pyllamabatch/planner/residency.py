@@ -1,8 +1,8 @@
 """What a context takes up, before anything is allocated, and how many of them a machine holds.
 
 `Projector` loads a model without its weights and makes contexts without their buffers; libllama
-then says what they would be (`plb_memory_breakdown`), and the buffer of the logits is added
-(n_outputs x n_vocab x 4 bytes, src/llama-context.cpp: `output_reserve`).
+then says what they would be (`plb_memory_breakdown`). The buffer of the logits is added (n_outputs
+x n_vocab x 4 bytes, src/llama-context.cpp: `output_reserve`), and what a device takes to sample.
 
 A machine is two limits: what its device may hold (a GPU's memory; on a Mac the working set that
 Metal recommends, or `iogpu.wired_limit_mb`), and its memory. Weights that are mapped from the file
@@ -31,6 +31,7 @@ from pyllamabatch.planner.machines import Machine
 log = logging.getLogger(__name__)
 
 _CELLS = 2**20  # of the largest context that is projected
+_SPARE = 1 / 16  # of what is free, where n_ctx is chosen: for what is not projected
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,12 @@ class Projector(Owner):
         self.model = Model(path, no_alloc=True, **model_params)
         self._mmap = mmap and runtime.mmap_works()
 
+    @classmethod
+    def of(cls, model: Model) -> Projector:
+        """Of a model that is loaded."""
+        load: dict[str, Any] = model._load
+        return cls(model.path, mmap=model._load_mode in ("auto", "mmap"), **load)
+
     @property
     def ptr(self) -> Any:
         return self.model.ptr
@@ -154,8 +161,10 @@ class Projector(Owner):
 def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
     """Of a context of a no_alloc model."""
     devices = runtime.devices()
-    logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
-    found = Footprint(host=MemoryPool(logits=logits))
+    n_outputs = max(n_outputs, context.n_seq_max)
+    found = Footprint(host=MemoryPool(logits=4 * n_outputs * context.model.n_vocab))
+    if context.model.offloaded:
+        found = found.plus(device_sampling(context.model, n_outputs))
     for part in memory_parts(context):
         known = devices.get(part.device)
         on_cpu = known is None or known.kind == "cpu" or part.host
@@ -168,6 +177,16 @@ def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
         # One mapping from the first to the last tensor, those that are copied from it included.
         found = Footprint(host=replace(found.host, mapped=context.model.size_bytes))
     return found
+
+
+def device_sampling(model: Model, n_outputs: int) -> Footprint:
+    """What a context takes beside, once its device chooses the candidates of each row: a copy of
+    the rows of logits and of one more, and three further rows of each in the host's buffer. Next to
+    nothing is written to these: they take memory where it is pinned."""
+    row = 4 * model.n_vocab
+    pinned = any(device.backend != "MTL" for device in model.devices())
+    buffer = 3 * n_outputs * row if pinned else 0
+    return Footprint(MemoryPool(compute=(n_outputs + 1) * row), MemoryPool(logits=buffer))
 
 
 def by_size(weights: int, n_ctx: int, kv_per_cell: int, graphs: int, machine: Machine) -> Footprint:
@@ -190,9 +209,8 @@ def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
 def why_not_back(model: Model) -> str:
     """Why no context of this model, which keeps a recurrent state, can take the last tokens of a
     sequence back; "" where one can."""
-    load: dict[str, Any] = model._load
     with (
-        Projector(model.path, **load) as projector,
+        Projector.of(model) as projector,
         Context(projector.model, n_ctx=256, n_rs_seq=1) as context,
     ):
         if context.capabilities.max_rollback:
@@ -219,31 +237,32 @@ def fitting_n_ctx(
     model: Model, n_ctx: int, *, shrink: bool, beside: Beside | None = None, **params: Any
 ) -> int:
     """`n_ctx` if a context with these parameters, and the one that is to come beside it, fit what
-    is free now; with `shrink` the largest below it with which they do. Their models are loaded.
-    Raises `NotEnoughMemory`.
+    is free now; with `shrink` the largest below it with which they do, and a part of that is left
+    free. Their models are loaded. Raises `NotEnoughMemory`.
 
     Where even a generous guess fits twice, nothing is projected."""
     both = [Beside(model, int, params), *([beside] if beside else ())]
     devices, host = device_free(*(one.model for one in both)), host_available()
-    available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host))
+    if shrink:
+        devices, host = (size - int(_SPARE * size) for size in (devices, host))
     generous = sum(_generous(one.model, one.cells(n_ctx), one.params) for one in both)
     whole = all(device_computes_all(one.model, one.params) for one in both)
     if 2 * generous <= (devices or host) and (whole or 2 * generous <= host):
         return n_ctx
     with ExitStack() as stack:
-        loads: list[dict[str, Any]] = [one.model._load for one in both]
-        projectors = [
-            stack.enter_context(Projector(one.model.path, **load))
-            for one, load in zip(both, loads, strict=True)
-        ]
+        projectors = [stack.enter_context(Projector.of(one.model)) for one in both]
 
         def short(cells: int) -> tuple[int, int] | None:
             """(needed, available) of the place that is too small."""
-            found = Footprint()
+            found, pages = Footprint(), dict[Model, int]()
             for one, projector in zip(both, projectors, strict=True):
-                found = found.plus(projector.footprint(n_ctx=one.cells(cells), **one.params))
-            each = (found.device, available.device), (found.host, available.host)
-            return next(((p.context, has.total) for p, has in each if p.context > has.total), None)
+                own = projector.footprint(n_ctx=one.cells(cells), **one.params)
+                pages[one.model] = max(0, own.host.mapped - own.host.copied)
+                found = found.plus(own)
+            # What is mapped counts as free memory, and would be read from the file in every step.
+            needed = found.device.context, found.host.context + sum(pages.values())
+            each = zip(needed, (devices, host), strict=True)
+            return next(((size, free) for size, free in each if size > free), None)
 
         first = short(n_ctx)
         if first is None:
@@ -260,7 +279,7 @@ def fitting_n_ctx(
 
 def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
     """More bytes than the context will need: full layers of F32 cells, masks and scores of every
-    head, states of every sequence, and graphs."""
+    head, states of every sequence, and graphs; and pages of the file, where the CPU reads them."""
     n_seq_max = int(params.get("n_seq_max", 1))
     n_ubatch = integer("n_ubatch", params.get("n_ubatch", 512), 0, 2**31 - 1)
     n_ubatch = min(n_ubatch or 2048, integer("n_ctx", n_ctx, 0, MAX_CTX))
@@ -272,5 +291,6 @@ def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
     states = n_states * (model.n_layer + 2) * model.n_embd * 2048  # and what a layer computes
     stateful = model.is_recurrent or model.is_hybrid
     n_outputs = int(params.get("n_outputs") or n_seq_max)
-    graphs = 256 * n_ubatch * model.n_embd + 8 * n_outputs * model.n_vocab
-    return n_ctx * cell + graphs + (states if stateful else 0)
+    graphs = 256 * n_ubatch * model.n_embd + 24 * n_outputs * model.n_vocab
+    pages = 0 if model.offloaded == 1 else model.size_bytes
+    return n_ctx * cell + graphs + (states if stateful else 0) + pages

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pyllamabatch import Engine, Model
+from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
 from pyllamabatch.llama import runtime
@@ -25,6 +26,9 @@ from pyllamabatch.planner.residency import (
     fitting_n_ctx,
     most,
 )
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import begin
+from tests.support.models_gguf import Architecture, write_gguf
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -63,6 +67,50 @@ def test_graphs_of_decoding_are_projected(tiny_llama_path: Path, n_seq_max: int)
         after = sum(part.compute for part in memory_parts(context))
     assert before == pytest.approx(planned.compute, rel=0.02)
     assert 0 < after - before <= planned.decode < 1.5 * (after - before)
+
+
+def test_what_a_device_takes_to_sample_is_projected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU is the device here: its graphs grow by that once it samples, steps with drafts
+    included."""
+    path = tmp_path / "wide.gguf"
+    write_gguf(path, Architecture("llama", ("attention",) * 3, n_spare=20000))
+    n_seq_max, n_drafted = 4, 3
+    n_outputs = n_seq_max * (1 + n_drafted)
+    params: dict[str, Any] = {"n_ctx": 1024, "n_seq_max": n_seq_max, "n_ubatch": 64}
+    outputs: dict[str, Any] = {"n_outputs_max": n_outputs, "n_outputs_max_per_seq": 1 + n_drafted}
+    with (
+        Model(path) as model,
+        Context(model, n_threads=1, **outputs, **params) as context,
+        Stepper(context, device_sampling=True, n_draft_max=n_drafted) as stepper,
+    ):
+        row = 4 * model.n_vocab
+        before = sum(part.compute for part in memory_parts(context))
+        for seq in range(n_seq_max):
+            begin(stepper, SamplingParams(max_tokens=9), [5, 6, 7], seq=seq)
+        slots = np.arange(n_seq_max, dtype=np.int32)
+        stepper.run(slots, 1)
+        drafts: Any = stepper.drafts
+        drafts.n_most[:] = drafts.n_given[:] = n_drafted
+        drafts.token[:] = 7
+        stepper.run(slots, 1)
+        after = sum(part.compute for part in memory_parts(context))
+    plain = planned(path, n_outputs, params)
+    assert plain.device == MemoryPool()
+    for backend, rows in ("CUDA", 4), ("MTL", 1):
+        gpu = runtime.BackendDevice("GPU0", "", "gpu", backend, 2**40, 2**40)
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "devices", lambda gpu=gpu: {"GPU0": gpu})
+            found = planned(path, n_outputs, params)
+        assert found.host.logits == rows * n_outputs * row
+        graphs = found.device.compute + found.device.decode + plain.host.decode
+        assert after - before == pytest.approx(graphs, rel=0.05)
+
+
+def planned(path: Path, n_outputs: int, params: dict[str, Any]) -> Footprint:
+    with Projector(path) as projector:
+        return projector.footprint(n_outputs=n_outputs, **params)
 
 
 def test_projection_allocates_nothing_and_grows_with_sequences(tiny_llama_path: Path) -> None:
@@ -282,6 +330,24 @@ def test_cells_of_the_cpus_layers_fit_the_hosts_memory(
         assert 256 <= n_ctx < 2**20
     with Model(tiny_llama_path) as model:
         assert fitting_n_ctx(model, 2**20, shrink=True, n_seq_max=1, n_ubatch=64) == 2**20
+
+
+def test_pages_of_the_file_are_no_free_memory(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says so, and would read what a step needs from the file again, in each one."""
+    params: dict[str, Any] = {"n_seq_max": 1, "n_ubatch": 64}
+    with Projector(tiny_llama_path) as projector:
+        host = projector.footprint(n_ctx=4096, **params).host
+    pages = host.mapped - host.copied
+    assert pages > 2**16
+    for mode, needed in ("mmap", host.context + pages), ("none", host.context):
+        monkeypatch.setattr(residency, "host_available", lambda free=needed: free)
+        with Model(tiny_llama_path, load_mode=mode) as model:
+            assert fitting_n_ctx(model, 4096, shrink=False, **params) == 4096
+            with pytest.raises(NotEnoughMemory, match="n_ctx=4096 would fit"):
+                fitting_n_ctx(model, 4096 + 256, shrink=False, **params)
+            assert 2048 < fitting_n_ctx(model, 4096, shrink=True, **params) < 4096  # some is left
 
 
 def test_an_engine_refuses_what_it_is_given(tiny_llama_path: Path, little: None) -> None:
