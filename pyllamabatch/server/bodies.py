@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from ..errors import ArgumentError, GrammarError, unknown_keyword
 from ..step.sampling_params import SEED_MAX
@@ -104,6 +104,13 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     _n_bytes: int = PrivateAttr(0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def is_long(self) -> bool:
@@ -214,11 +221,12 @@ class ResponseFormat(Body):
     def schema_of(self) -> Mapping[str, Any] | None:
         if self.type == "text":
             return None
+        schema = self.schema_
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise invalid("response_format.json_schema", None, "missing")
-            return self.json_schema.schema_
-        return self.schema_ or {"type": "object"}
+            schema = self.json_schema.schema_
+        return schema or {"type": "object"}  # no chat's grammar has an empty one
 
 
 class StreamOptions(Body):

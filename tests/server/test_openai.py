@@ -179,8 +179,14 @@ def test_json(served: Served) -> None:
         chat = {**SUM_CHAT, "response_format": response_format, "max_tokens": 200}
         value = json.loads(served.ok(CHAT, chat)["choices"][0]["message"]["content"])
         assert value.keys() == {"sum", "right"}
-    chat = {**SUM_CHAT, "response_format": {"type": "json_object"}, "max_tokens": 12}
-    assert served.ok(CHAT, chat)["choices"][0]["message"]["content"].startswith("{")
+    any_object: list[dict[str, Any]] = [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "any"}},
+        {"type": "json_schema", "json_schema": {"name": "any", "schema": None}},
+    ]
+    for response_format in any_object:
+        chat = {**SUM_CHAT, "response_format": response_format, "max_tokens": 12}
+        assert served.ok(CHAT, chat)["choices"][0]["message"]["content"].startswith("{")
 
 
 def test_budget_ends_with_length(served: Served) -> None:
@@ -283,7 +289,10 @@ def test_values_that_change_nothing_pass(served: Served) -> None:
         "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
                      "temperature"],
     }  # fmt: skip
-    none = {"t_max_prompt_ms": 0, "t_max_predict_ms": 0, "grammar": ""}
+    none = {
+        "t_max_prompt_ms": 0, "t_max_predict_ms": 0, "grammar": "",
+        "stream_options": {"include_usage": None},
+    }  # fmt: skip
     body = {"prompt": SUM, "seed": 5, "temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
     assert served.ok(TEXT, body | none)["choices"] == served.ok(TEXT, body)["choices"]
     assert served.ok(TEXT, body | off)["choices"] == served.ok(TEXT, body)["choices"]
