@@ -83,7 +83,7 @@ class Stream:
         self._n_drafts = self._n_drafted = self._n_accepted = 0
         self._admitted_at: float | None = None
         self._first_at: float | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a prompt callback, or a signal's, may ask the stream
         self._more = threading.Condition(self._lock)
         self._end = threading.Condition(self._lock)
         self._page: Page | None = None  # while it has a slot
@@ -211,9 +211,8 @@ class Stream:
 
     def on_prompt(self, callback: Callable[[PromptProgress], None]) -> None:
         """`callback(progress)` is called when the request has its first slot, and behind each step
-        that computes a part of its prompt, but the last one, which gives its first token. By the
-        engine's own thread: it must be quick, and may not ask the stream. What it raises is logged,
-        and it is not called again."""
+        that computes a part of its prompt, unless its first token was read already. By the engine's
+        own thread: it must be quick. What it raises is logged, and it is not called again."""
         self._check_process()
         with self._lock:
             self._prompt_callback = callback

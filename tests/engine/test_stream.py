@@ -12,8 +12,10 @@ from pyllamabatch.engine.detokenizer import Pieces, TextFeed
 from pyllamabatch.engine.results import PromptProgress
 from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import KvCacheFull
+from pyllamabatch.llama.model import Model
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engines import engine_on, greedy
 
 N_STEPS = 64
 PIECES: dict[int, bytes] = {}  # by token, of the test that runs
@@ -63,13 +65,14 @@ def push(made: Told, *pieces: bytes) -> bool:
 
 def test_a_stream_is_not_watched_behind_its_end() -> None:
     """Its end waits: it takes the stream out of what is watched, for good."""
-    locked: list[bool] = []
-    host = Host(print, lambda stream: locked.append(stream._lock.locked()))
-    made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), host, 0.0)
-    assert (made.text, made.tokens) == ("", [])
-    made._finish("length")
-    assert (made.text, made.tokens) == ("", [])
-    assert locked == [True, True]
+    free: list[bool] = []
+    with ThreadPoolExecutor(1) as other:
+        host = Host(print, lambda s: free.append(other.submit(s._lock.acquire, False).result()))
+        made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), host, 0.0)
+        assert (made.text, made.tokens) == ("", [])
+        made._finish("length")
+        assert (made.text, made.tokens) == ("", [])
+    assert free == [False, False]
 
 
 def test_tokens_come_in_order_to_every_reader() -> None:
@@ -180,6 +183,16 @@ def test_a_prompt_callback_that_fails_is_not_called_again(
     made.on_prompt(once)  # by the caller's own thread
     assert seen == [0, 0]
     assert caplog.text.count("a prompt callback of request 1 failed") == 2
+
+
+def test_a_prompt_callback_may_ask_the_stream(model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    with engine_on(model, n_batch=16) as engine:
+        with engine._core.state:
+            made = engine.submit([1, *range(10, 40)], greedy(3))
+            made.on_prompt(lambda p: seen.append((p.n_computed, made.times().n_prompt)))
+        assert made.result(60).finish_reason == "length"
+    assert seen == [(0, 31), (16, 31), (31, 31)]
 
 
 def test_text_can_be_read_at_any_time() -> None:
