@@ -159,7 +159,7 @@ class Engine:
             swap_bytes=swap_bytes,
             swap_folder=swap_folder,
             max_restarts=max_restarts,
-            loras=loras or {},
+            loras={} if loras is None else loras,
             batch_invariant=batch_invariant,
             speculate=speculate,
         )

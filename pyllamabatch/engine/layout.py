@@ -91,7 +91,7 @@ def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) 
     choice of ours), its "kv_unified" is True, False or "auto". ArgumentError for another one."""
     n_seq_max, n_ctx, given = options.n_seq_max, params["n_ctx"], params["kv_unified"]
     n_batch = params["n_batch"] if options.prefix_cache else 0
-    if given not in (True, False, "auto"):
+    if not isinstance(given, bool) and given != "auto":
         raise ArgumentError("kv_unified", given, 'True (a pool), False (streams) or "auto"')
     trained = cells.n_ctx_train
     pool_cells = n_ctx or min(trained * n_seq_max, max(trained, N_CTX_AT_LEAST))

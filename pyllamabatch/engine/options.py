@@ -1,11 +1,12 @@
 """Options of requests and of engines: what may be given, and the checks of it."""
 
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from ..cost.model import CostModel
-from ..errors import ArgumentError, choice, integer, number, unknown_keyword
+from ..errors import ArgumentError, choice, flag, integer, number, unknown_keyword
 from ..kv import Preemption
 from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, LoraSet
@@ -116,6 +117,11 @@ class EngineOptions:
         self.swap_bytes = integer("swap_bytes", self.swap_bytes, 0, 2**63 - 1)
         self.max_restarts = integer("max_restarts", self.max_restarts, 0, 2**31)
         self.patience = number("patience", self.patience, 0)
+        flag("prefix_cache", self.prefix_cache)
+        if not (self.swap_folder is None or os.path.isdir(self.swap_folder)):
+            raise ArgumentError("swap_folder", self.swap_folder, "must be a folder that is there")
+        if not isinstance(self.loras, Mapping):
+            raise ArgumentError("loras", self.loras, 'must be adapters by name: {"style": adapter}')
         if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "nearly":
             raise ArgumentError("batch_invariant", self.batch_invariant, 'True, False or "nearly"')
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))

@@ -178,7 +178,8 @@ class Stream:
         with self._lock:
             if timeout is None and self._host is not None:
                 self._host.may_wait()
-            if not self._end.wait_for(lambda: self._result is not None, timeout):
+            seconds = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            if not self._end.wait_for(lambda: self._result is not None, seconds):
                 raise TimeoutError(f"request {self.id} is not done after {timeout} s")
             assert self._result is not None
             return self._result
