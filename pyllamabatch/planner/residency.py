@@ -219,9 +219,14 @@ def why_not_back(model: Model) -> str:
 
 
 def device_free(*models: Model) -> int:
-    """Bytes that are free now on the devices that these models have layers on; 0 without any."""
+    """Bytes that are free now on the devices that these models have layers on; 0 without any. A
+    Mac's GPU has the host's memory, and Metal counts what this process took of it: no more than
+    the host has free."""
     devices = {d.name: d for model in models if model.offloaded for d in model.devices()}
-    return sum(device.free for device in devices.values() if device.total)
+    free = sum(device.free for device in devices.values() if device.total)
+    if any(device.backend == "MTL" for device in devices.values()):
+        return min(free, host_available())
+    return free
 
 
 class Beside(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
-from pyllamabatch.llama import runtime
+from pyllamabatch.llama import limits, runtime
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
@@ -296,6 +296,26 @@ def test_what_is_free_is_what_the_models_own_devices_have(
     del devices["CUDA0"], devices["CUDA1"]
     with Model(tiny_llama_path) as model:
         assert device_free(model) == shared.free
+
+
+def test_what_others_hold_of_a_macs_memory_is_not_free(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metal counts the buffers of its own process. So a second engine, and one that wants cells
+    again which it gave up under pressure, would take what is not there."""
+    gpu = runtime.BackendDevice("MTL0", "Apple M2", "gpu", "MTL", 11 * GIB, 11 * GIB)
+    devices = {**runtime.devices(), "MTL0": gpu}
+    monkeypatch.setattr(runtime, "devices", lambda: devices)
+    free = {"host": 14 * GIB}
+    for module in (residency, limits):
+        monkeypatch.setattr(module, "host_available", lambda: free["host"])
+    with Model(tiny_llama_path) as model:
+        assert device_free(model) == 11 * GIB
+        free["host"] = 2**20
+        assert device_free(model) == 2**20
+        with pytest.raises(NotEnoughMemory) as caught:
+            Context(model, n_ctx=4096)
+    assert caught.value.available == 2**20
 
 
 @pytest.fixture
