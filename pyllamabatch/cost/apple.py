@@ -44,10 +44,14 @@ WITH_TENSOR_UNITS = ("M5", "M6", "A19", "A20")
 """Chips on which llama.cpp uses them (ggml-metal-device.m: `has_tensor`)."""
 
 
+_NEWEST = "M5"
+
+
 def chip_of(description: str) -> Chip | None:
-    """Of ggml's "Apple M2 Ultra"; None for what is no known chip of a Mac."""
-    found = re.search(r"\bApple (M\d+(?: (?:Pro|Max|Ultra))?)\b", description)
-    return CHIPS.get(found[1]) if found else None
+    """Of ggml's "Apple M2 Ultra", of a later one as of its kind's newest here; None for what is no
+    chip of a Mac."""
+    found = re.search(r"\bApple (M\d+)((?: (?:Pro|Max|Ultra))?)\b", description)
+    return CHIPS.get(found[0].removeprefix("Apple "), CHIPS[_NEWEST + found[2]]) if found else None
 
 
 def has_tensor_units(description: str) -> bool:

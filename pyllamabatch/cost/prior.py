@@ -63,7 +63,7 @@ def speeds_of(backend: str, device: str, *, kind: str, n_threads: int) -> Speeds
         return CPU._replace(compute=n_threads * CPU.compute)
     if chip := apple.chip_of(device):
         return Speeds(chip.read, chip.compute, apple.LAYER, apple.EXPERT_LAYER, _FEW, _FILL)
-    return SHARED if kind == "igpu" else GPU
+    return SHARED if kind == "igpu" or backend == "MTL" else GPU
 
 
 def in_turn(device: Speeds, cpu: Speeds, share: float) -> Speeds:

@@ -11,7 +11,8 @@ from pyllamabatch.planner.machines import _CHIPS
     [
         ("Apple M2 Ultra", "M2 Ultra"),
         ("Apple M5", "M5"),
-        ("Apple M10 Pro", None),
+        ("Apple M10 Pro", "M5 Pro"),
+        ("Apple M6 (dev p0/v1)", "M5"),
         ("Apple A19", None),
         ("NVIDIA H200", None),
         ("AMD Radeon Pro M295X", None),

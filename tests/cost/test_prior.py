@@ -11,7 +11,7 @@ import pytest
 
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.prior import CPU, GPU, Sizes, in_turn, speeds_of
+from pyllamabatch.cost.prior import CPU, GPU, SHARED, Sizes, in_turn, speeds_of
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.cost.terms import Experts
 
@@ -173,5 +173,6 @@ def test_a_known_chip_is_no_typical_gpu() -> None:
     cores = [speeds_of("CPU", "", kind="cpu", n_threads=n).compute for n in (1, 8)]
     assert cores[1] == 8 * cores[0]
     assert speeds_of("Vulkan", "AMD Radeon", kind="gpu", n_threads=8) == GPU
+    assert speeds_of("MTL", "Apple A18 Pro", kind="gpu", n_threads=8) == SHARED
     m5, m4 = (speeds_of("MTL", f"Apple {x}", kind="igpu", n_threads=8) for x in ("M5", "M4"))
     assert 1 < m5.read / m4.read < 1.5 < m5.compute / m4.compute
