@@ -4,11 +4,12 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ClosedError
+from ..errors import ClosedError, ContextCreateError, FatalDecodeError
 from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.vocab import TokenArray
@@ -132,10 +133,15 @@ class EmbeddingCore:
             return taken
 
     def _compute(self, taken: list[Text]) -> None:
-        """A batch that fails is computed again text by text, so that a text fails for itself."""
+        """A batch that fails is computed again text by text, so that a text fails for itself. After
+        a failure of the backend in a fresh context: a Mac's GPU computes nothing more in this
+        one."""
         try:
             vectors = self._decode(taken)
         except Exception as error:
+            if isinstance(error, FatalDecodeError):
+                with suppress(ContextCreateError):  # closed, it says so to the next one
+                    self._context.renew()
             if len(taken) == 1:
                 taken[0][0].fail(error)
                 return

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pyllamabatch.errors import (
     ArgumentError,
     ContextCreateError,
+    FatalDecodeError,
     StateError,
     UnsupportedOperation,
     decode_error,
@@ -278,9 +279,18 @@ class Context(Owner):
             )
 
     def synchronize(self) -> None:
-        """Wait for the device. Reading an output does so by itself."""
+        """Wait for the device. Reading an output does so by itself. Both raise `FatalDecodeError`
+        when the device has failed meanwhile."""
         with self.exclusive():
-            lib.llama_synchronize(self.ptr)
+            self._wait(lib.llama_synchronize)
+
+    def _wait(self, call: Any, *arguments: Any) -> Any:
+        """What `call` returns, which waits for the device. Metal says only in its log that it has
+        failed, and what would be read is an earlier batch's."""
+        value, log = runtime.logged(call, self.ptr, *arguments)
+        if log and value != ffi.NULL:
+            raise FatalDecodeError(-3, log)
+        return value
 
     # -- outputs --
 
@@ -291,7 +301,7 @@ class Context(Owner):
         without output."""
         with self.exclusive():
             self._check_output(row)
-            pointer = lib.llama_get_logits_ith(self.ptr, row)
+            pointer = self._wait(lib.llama_get_logits_ith, row)
             return np.array(self._view(pointer, (self.model.n_vocab,), f"row {row} has no logits"))
 
     def logits_all(self) -> FloatArray:
@@ -299,7 +309,7 @@ class Context(Owner):
         copy."""
         with self.exclusive():
             shape = self._n_outputs(), self.model.n_vocab
-            pointer = lib.llama_get_logits(self.ptr)
+            pointer = self._wait(lib.llama_get_logits)
             return np.array(self._view(pointer, shape, "the context has no logits"))
 
     def embeddings(self, row: int = -1) -> FloatArray:
@@ -307,7 +317,7 @@ class Context(Owner):
         with self.exclusive():
             self._check_embeddings(pooled=False)
             self._check_output(row)
-            pointer = lib.llama_get_embeddings_ith(self.ptr, row)
+            pointer = self._wait(lib.llama_get_embeddings_ith, row)
             return self._view(pointer, (self.model.n_embd_out,), f"row {row} has no embedding")
 
     def embeddings_all(self) -> FloatArray:
@@ -315,7 +325,7 @@ class Context(Owner):
         with self.exclusive():
             self._check_embeddings(pooled=False)
             shape = self._n_outputs(), self.model.n_embd_out
-            pointer = lib.llama_get_embeddings(self.ptr)
+            pointer = self._wait(lib.llama_get_embeddings)
             return self._view(pointer, shape, "the context has no embeddings")
 
     def embeddings_seq(self, seq_id: int = 0) -> FloatArray:
@@ -327,7 +337,7 @@ class Context(Owner):
             seq = self._seq(seq_id)
             rank = self.pooling_type == lib.LLAMA_POOLING_TYPE_RANK
             size = self.model.n_cls_out if rank else self.model.n_embd_out
-            pointer = lib.llama_get_embeddings_seq(self.ptr, seq)
+            pointer = self._wait(lib.llama_get_embeddings_seq, seq)
             return self._view(pointer, (size,), f"sequence {seq} was not in the last batch")
 
     def _n_outputs(self) -> int:

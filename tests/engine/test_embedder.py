@@ -21,6 +21,8 @@ from pyllamabatch.errors import (
     FatalDecodeError,
     UnsupportedOperation,
 )
+from pyllamabatch.llama import runtime
+from pyllamabatch.raw import lib
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import N_POSITIONS, write_bert
 from tests.support.served import until
@@ -210,6 +212,35 @@ def test_a_text_that_fails_does_so_alone(
         with pytest.raises(type(error), match="made to fail"):
             bad.future.result(60)
         assert len(embedder.embed([[40]])) == 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_context_whose_device_has_failed_is_made_again(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """As Metal does: it fails behind the call that computes, and so does each call until then."""
+    texts = [[50 + i, 51] for i in range(n)]
+    with Embedder(embedded_model) as embedder:
+        expected = embedder.embed(texts)
+        context, logged, failed = embedder._core._context, runtime.logged, [True]
+        renew = context.renew
+
+        def renewed() -> None:
+            renew()
+            failed.clear()
+
+        def as_metal(call: Any, *arguments: Any) -> tuple[Any, str]:
+            value, log = logged(call, *arguments)
+            waits = call == lib.llama_get_embeddings_seq and failed
+            return value, "command buffer 0 failed with status 5" if waits else log
+
+        monkeypatch.setattr(runtime, "logged", as_metal)
+        monkeypatch.setattr(context, "renew", renewed)
+        if n == 1:
+            with pytest.raises(FatalDecodeError, match="command buffer"):
+                embedder.embed(texts)
+        assert (embedder.embed(texts) == expected).all()
+        assert not failed
 
 
 def test_what_is_cancelled_is_not_computed(

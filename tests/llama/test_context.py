@@ -15,12 +15,14 @@ from pyllamabatch.errors import (
     ContextBusy,
     ContextCreateError,
     DecodeAborted,
+    FatalDecodeError,
     InvalidBatch,
     KvCacheFull,
     NotEnoughMemory,
     StateError,
     UnsupportedOperation,
 )
+from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
 from tests.support.decoding import decode
 from tests.support.models_gguf import N_EMBD, N_VOCAB, gguf_path
@@ -404,3 +406,16 @@ def test_one_thread_at_a_time(context: Context) -> None:
         leave.set()
         thread.join()
     context.decode(batch)
+
+
+def test_a_device_that_fails_behind_the_call_gives_no_outputs(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metal says so in its log alone; the logits that lie there are an earlier batch's."""
+    decode(context, PROMPT)
+    logged = runtime.logged
+    failure = "error: command buffer 0 failed with status 5"
+    monkeypatch.setattr(runtime, "logged", lambda *call: (logged(*call)[0], failure))
+    for read in (context.synchronize, context.logits, context.logits_all):
+        with pytest.raises(FatalDecodeError, match="command buffer 0"):
+            read()
