@@ -38,7 +38,7 @@ class InputProcessor:
     ) -> None:
         self.model = model
         self.loras = loras
-        self.pieces = Pieces(_pieces_of(model))
+        self._pieces = Pieces(_pieces_of(model))
         self._vocab = model.vocab
         self._core = core
         self._stepper = stepper
@@ -81,7 +81,7 @@ class InputProcessor:
         sinks = [first]
         for i in range(1, n):
             one = params if params.seed is None else params.with_seed(params.seed + i)
-            sinks.append(self.request(prompt, one, options, engine))
+            sinks.append(self.request(first.request.tokens, one, options, engine))
         if n > 1 and not self._prefix_cache:
             for sink in sinks:
                 space = "samples", first.request.id
@@ -113,7 +113,7 @@ class InputProcessor:
         )
         core = self._core
         host = Host(core.cancel, core.output_processor.watch, engine, core.may_wait)
-        stream = Stream(request.id, len(tokens), params, self._pieces(params), host, now)
+        stream = Stream(request.id, len(tokens), params, self.pieces(params), host, now)
         return self._core.stream_to(request, stream)
 
     # -- interactive sequences
@@ -162,20 +162,20 @@ class InputProcessor:
         """The sampling state of a snapshot."""
         return slot_of(self._stepper, saved)
 
+    def pieces(self, params: SamplingParams) -> Pieces:
+        """What tokens are in the text of a request with these."""
+        if not params.preserved_tokens:
+            return self._pieces
+        tokens = self._vocab.check_tokens(params.preserved_tokens, "preserved_tokens").tolist()
+        piece = partial(self._vocab.token_to_piece, special=True)
+        return self._pieces.preserving(tuple(tokens), piece)
+
     def _params(self, params: SamplingParams | None) -> SamplingParams:
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
             raise ArgumentError("params", params, "must be SamplingParams")
         return params
-
-    def _pieces(self, params: SamplingParams) -> Pieces:
-        """What its tokens are in its text."""
-        if not params.preserved_tokens:
-            return self.pieces
-        tokens = self._vocab.check_tokens(params.preserved_tokens, "preserved_tokens").tolist()
-        piece = partial(self._vocab.token_to_piece, special=True)
-        return self.pieces.preserving(tuple(tokens), piece)
 
     def _space(self, lora: LoraSet) -> Hashable:
         """Cells that were computed with other adapters are none to start from."""

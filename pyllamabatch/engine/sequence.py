@@ -65,6 +65,7 @@ class Sequence:
         self._engine = engine  # lives as long as this
         self._lock = threading.RLock()
         self._closed = False
+        self._pieces = inputs.pieces(self.params)
         self._n_begun = 0  # sampling states
         self._reset_text()
         # Also when it is forgotten.
@@ -132,7 +133,7 @@ class Sequence:
             if not (self._closed or sink.spent):
                 sampled = self._core.next_token(sink)
             token, logprob, finish = sampled or self._sample()
-            (piece,) = self._inputs.pieces.of([token])
+            (piece,) = self._pieces.of([token])
             return Sampled(
                 token=token,
                 piece=piece,
@@ -167,7 +168,7 @@ class Sequence:
                 sink = self._inputs.interactive(
                     params, options.priority, options.tenant, dict(options.lora)
                 )
-            child = Sequence(sink, self._core, self._inputs, self._engine)
+                child = Sequence(sink, self._core, self._inputs, self._engine)
             if self.position:
                 try:
                     child.prompt(self._request.tokens)
@@ -205,11 +206,14 @@ class Sequence:
                 if list(saved.loras) != adapters:
                     raise StateError(f"saved with adapters {saved.loras}, these are {adapters}")
                 self._core.scheduler.check_fits(len(saved.tokens), 1)
+                pieces, n_begun = self._pieces, self._n_begun + 1
                 if saved.params is None:
                     sampler = self._sampler(saved.tokens)
                 else:
-                    sampler = inputs.saved_sampler(saved)
+                    sampler, pieces = inputs.saved_sampler(saved), inputs.pieces(saved.params)
+                    n_begun = 1  # with the seed that was saved
             self._call(partial(self._sink.restore, saved, data, sampler))
+            self._pieces, self._n_begun = pieces, n_begun
             self._reset_text()
 
     def save(self, path: PathLike) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.vocab import Vocab
 from pyllamabatch.scheduler import Plan, Policy, StepView, device_aware, fcfs
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engines import check_idle, engine_on, greedy, held, stopped_clock
@@ -264,3 +265,20 @@ def test_nothing_ends_a_text_before_min_tokens(embedded_model: Model) -> None:
             result = engine.submit(prompt, always).result(60)
             assert (result.finish_reason, result.n_generated) == ("stop", n + 1)
             assert whole.text.startswith(result.text)
+
+
+def test_a_prompt_of_many_samples_is_tokenized_once(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized, tokenize = list[str](), Vocab.tokenize
+
+    def counted(vocab: Vocab, text: str, **options: Any) -> Any:
+        tokenized.append(text)
+        return tokenize(vocab, text, **options)
+
+    with engine_on(model) as engine:
+        (expected,) = engine.generate(["a text"], greedy(), add_special=False)
+        monkeypatch.setattr(Vocab, "tokenize", counted)
+        streams = engine.submit_n("a text", greedy(), 5, add_special=False)
+        assert tokenized == ["a text"]
+        assert {tuple(stream.result(60).tokens) for stream in streams} == {tuple(expected.tokens)}

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,32 @@ def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
         copy.restore(data)  # of another cache: computed again
         assert copy.tokens == tokens
         assert len(drive(copy, 4)) == 4
+
+
+def test_the_next_turn_behind_a_snapshot_draws_as_the_original(model: Model) -> None:
+    params = SamplingParams(temperature=1.5, seed=7, ignore_eog=True)
+    with engine_on(model) as engine, engine.sequence(params) as seq, engine.sequence() as copy:
+        for n in range(4):
+            copy.prompt([1 + n])
+        seq.prompt(PROMPT)
+        drive(seq, 3)
+        for _ in range(2):
+            copy.restore(seq.snapshot())
+            for one in (seq, copy):
+                one.prompt([50, 60])
+            assert drive(seq, 8) == drive(copy, 8)
+
+
+def test_preserved_tokens_are_text(embedded_model: Model) -> None:
+    end = int(embedded_model.vocab.tokenize("<|im_start|>", parse_special=True)[-1])
+    params = SamplingParams(temperature=0, logit_bias={end: 100.0}, preserved_tokens=[end])
+    with engine_on(embedded_model) as engine, engine.sequence(params) as seq:
+        seq.prompt("one two three")
+        with seq.fork(replace(params, preserved_tokens=())) as hidden, engine.sequence() as copy:
+            copy.restore(seq.snapshot())
+            said = [one.sample() for one in (seq, copy, hidden)]
+    assert [one.text for one in said] == ["<|im_start|>", "<|im_start|>", ""]
+    assert {one.token for one in said} == {end}
 
 
 def test_a_snapshot_goes_through_a_file(model: Model, tmp_path: Path) -> None:
