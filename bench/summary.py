@@ -39,8 +39,8 @@ class Setting:
 Load = tuple[int, bool, float, float]
 Groups = Mapping[Setting, Sequence[Record]]
 Runs = Mapping[Setting, Sequence[Sequence[Record]]]
-"""The runs of each setting, the oldest first. A run is one invocation of a bench: its arms are
-compared with each other and with nothing else."""
+"""The runs of each setting, the oldest first. A run is one invocation of a bench, or several of the
+same arms and code: these arms are compared with each other and with nothing else."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +91,21 @@ def runs_of(records: Iterable[Record]) -> dict[Setting, list[list[Record]]]:
         runs.setdefault((record.run_id, record.bench), []).append(record)
     found: dict[Setting, list[list[Record]]] = {}
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
-        found.setdefault(setting_of(run), []).append(run)
+        before = found.setdefault(setting_of(run), [])
+        if before and again(before[-1], run):
+            before[-1] += run
+        else:
+            before.append(run)
     return dict(sorted(found.items()))
+
+
+def again(before: Sequence[Record], run: Sequence[Record]) -> bool:
+    """Whether a run repeats the one before: arms, and at each load, and code are the same."""
+
+    def what(records: Sequence[Record]) -> set[tuple[str, Load, str]]:
+        return {(r.arm, load_of(r), r.versions.get("commit", "")) for r in records}
+
+    return what(before) == what(run)
 
 
 def latest(runs: Runs) -> dict[Setting, list[Record]]:
@@ -125,6 +138,11 @@ def load_of(record: Record) -> Load:
 def loads_with(target: Target, records: Sequence[Record]) -> set[Load]:
     """Of which the records of one alone have the target's figure."""
     return {load for load, mine in by_load(records).items() if target.measured(mine) is not None}
+
+
+def n_repeats(records: Sequence[Record]) -> int:
+    """Of the load that was repeated most often."""
+    return max(len({(r.run_id, r.repeat) for r in mine}) for mine in by_load(records).values())
 
 
 def n_arms(records: Iterable[Record]) -> int:
@@ -208,7 +226,7 @@ def origin(records: Sequence[Record]) -> str:
     return (
         f"Measured {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}, "
         f"commit {', '.join(commits)}, llama.cpp {', '.join(builds)}, seed {', '.join(seeds)}, "
-        f"medians of {max(record.repeat for record in records) + 1}."
+        f"medians of {n_repeats(records)}."
     )
 
 

@@ -1,5 +1,6 @@
 """The report: which records it takes, what it says of targets, and that it is always the same."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ def row(
     arm: str, speed: float, pl: int = 1, run: int = 1, error: str = "", **detail: Any
 ) -> Record:
     made = made_up_rows.row(arm, pl, speed, bench="decode", error=error, **detail)
-    return replace(made, run_id=str(run), test_time=f"2026-01-0{run}T00:00:00+00:00")
+    time = f"2026-01-0{run}T00:00:00+00:00"
+    return replace(made, run_id=str(run), test_time=time, versions={"commit": f"code {run}"})
 
 
 def bench(**parts: Any) -> Any:
@@ -68,6 +70,21 @@ def test_a_target_is_measured_by_the_latest_run_that_has_its_arms() -> None:
     assert "| over base | ≥ 2 | 3 | met |" in report(rows, {"decode": bench(TARGETS=(target,))})
 
 
+def test_runs_of_the_same_arms_and_code_are_one() -> None:
+    """One after the other, as processes of their own: their pairs count together."""
+    target = Target("over base", speed_ratio("ours", "base", 1))
+    rows = [row("ours", 9.0), row("base", 1.0)]  # of code before
+    for run, speed in ((2, 3.0), (3, 4.0), (4, 8.0)):
+        ours, base = row("ours", speed, run=run), row("base", 1.0, run=run)
+        rows += [replace(one, versions={"commit": "new"}) for one in (ours, base)]
+    text = report(rows, {"decode": bench(TARGETS=(target,))})
+    assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
+    assert "commit new" in text
+    assert "medians of 3." in text
+    text = report([*rows, row("ours", 5.0, run=5)], {"decode": bench(TARGETS=(target,))})
+    assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
+
+
 def test_a_later_run_of_fewer_loads_does_not_judge_the_others() -> None:
     """A figure of any load, the smallest: a run that has one load has no word on the rest."""
 
@@ -90,7 +107,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert "| at 1 | ≥ 2 | 2 | met |" in text
     assert "| at 4 | ≥ 2 | 1.33 | **missed** |" in text
     assert "| at 16 | ≥ 2 | not measured |" in text
-    assert "commit abc, llama.cpp b11549, seed 1" in text
+    assert "commit code 1, llama.cpp b11549, seed 1" in text
     assert "that this code does not have: decode" in report(rows, {})
 
 
