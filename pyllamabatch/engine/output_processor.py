@@ -168,8 +168,9 @@ class OutputProcessor:
             if not events or events[0][0] > self._n_read:
                 break
             self._reader.yield_to_compute()
-            _, act, args = events.popleft()
+            _, act, args = events[0]
             act(*args)
+            events.popleft()  # not before: `finish_rest` ends a stream whose end has failed
         for i, stream in enumerate(list(self._with_stops), 1):
             if stream._scan():
                 self._with_stops.discard(stream)

@@ -2,6 +2,7 @@
 engine."""
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -158,6 +159,25 @@ def test_an_output_thread_that_fails_ends_every_request() -> None:
     assert rig.finished == {"error": len(streams)}
     with pytest.raises(EngineClosed, match="its thread ended with TypeError"):
         rig.submit(PROMPTS[0], greedy(40))
+
+
+def test_a_stream_whose_end_fails_ends_with_the_others() -> None:
+    rig = rig_of()
+    streams, fetch = rig.submit_all(PROMPTS, greedy(4)), list[Any]()
+
+    def pieces_of(tokens: list[int]) -> list[bytes]:
+        if not fetch:
+            fetch.append(tokens)
+            raise MemoryError
+        return [b"" for _ in tokens]
+
+    for stream in streams:
+        stream._pieces_of = pieces_of
+    rig.core.start()
+    for stream in streams:
+        assert isinstance(stream.wait(10).error, MemoryError)
+    rig.core.close(wait=True, timeout=10)
+    assert rig.core.commands.all_ended
 
 
 def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
