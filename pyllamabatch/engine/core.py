@@ -466,7 +466,8 @@ class EngineCore:
         except BaseException as error:
             if call.pending:
                 call.finish(error=error if isinstance(error, Exception) else self._cause())
-            if not isinstance(error, PyllamabatchError) or isinstance(error, ContextCreateError):
+            own = isinstance(error, PyllamabatchError | MemoryError)
+            if not own or isinstance(error, ContextCreateError):
                 raise
 
     def _wake(self) -> None:

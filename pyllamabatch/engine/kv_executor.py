@@ -44,7 +44,7 @@ class KvExecutor:
                 continue
             try:
                 self._carry_out(operation)
-            except (PyllamabatchError, OSError) as problem:
+            except (PyllamabatchError, MemoryError, OSError) as problem:
                 log.warning("%s of slot %d failed: %s", operation.kind, operation.slot, problem)
                 preempted = self._scheduler.kv_failed(operation)
                 if preempted is not None:

@@ -9,6 +9,8 @@ import pytest
 from pyllamabatch.engine.interactive import Call, InteractiveSink
 from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.snapshot import Saved
+from pyllamabatch.errors import StateError
+from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig, Slot
@@ -19,10 +21,17 @@ SAVED = Saved(TOKENS, len(TOKENS), len(TOKENS) - 1)
 STATE = TOKENS[:-1].tobytes()
 
 
-def test_a_state_that_could_not_be_saved_is_computed_again() -> None:
+@pytest.mark.parametrize("problem", [StateError("none is given"), MemoryError()])
+def test_a_state_that_could_not_be_saved_is_computed_again(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that was preempted is admitted by the very plan that brings the save."""
+
+    def refuse(slot: int, loras: LoraNames | None = None) -> bytes:
+        raise problem
+
     rig = Rig(Limits(16, 16, 3, 100, 100), fault=lambda step: 1 if step == 6 else None, swap="swap")
-    rig.machine.stubborn = True  # it gives no states
+    monkeypatch.setattr(rig.machine, "state_seq_get", refuse)
     streams = [
         rig.submit(list(range(1 + k, 9 + k)), SamplingParams(max_tokens=20)) for k in range(3)
     ]
