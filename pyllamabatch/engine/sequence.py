@@ -119,7 +119,7 @@ class Sequence:
                 partial(self._sink.prompt, tokens, sampler, now),
                 partial(self._core.call, more=True),
             )
-            self._reset_text()
+            self._begun()
 
     def sample(self) -> Sampled:
         """Compute what is not computed yet, and sample the next token, which the sequence knows
@@ -154,7 +154,7 @@ class Sequence:
             with self._core.commands.keep_alive():
                 sampler = self._sampler(self._request.tokens[:n]) if n else None
             self._call(partial(self._sink.trim, n, sampler))
-            self._reset_text()
+            self._begun(sampler is not None)
 
     def fork(self, params: SamplingParams | None = None) -> Sequence:
         """Another sequence that knows the same tokens, and shares its cells where the memory can.
@@ -206,15 +206,15 @@ class Sequence:
                 if list(saved.loras) != adapters:
                     raise StateError(f"saved with adapters {saved.loras}, these are {adapters}")
                 self._core.scheduler.check_fits(len(saved.tokens), 1)
-                pieces, n_begun = self._pieces, self._n_begun + 1
                 if saved.params is None:
-                    sampler = self._sampler(saved.tokens)
+                    sampler, pieces = self._sampler(saved.tokens), self._pieces
                 else:
                     sampler, pieces = inputs.saved_sampler(saved), inputs.pieces(saved.params)
-                    n_begun = 1  # with the seed that was saved
             self._call(partial(self._sink.restore, saved, data, sampler))
-            self._pieces, self._n_begun = pieces, n_begun
-            self._reset_text()
+            self._pieces = pieces
+            if saved.params is not None:
+                self._n_begun = 0  # its seed is the one in use
+            self._begun()
 
     def save(self, path: PathLike) -> None:
         """`snapshot` to a file, which is written whole or not at all. StateError when it can't."""
@@ -283,9 +283,10 @@ class Sequence:
         if self._sink.spent:
             with self._core.commands.keep_alive():
                 sampler = self._sampler(self._request.tokens)
-            self._reset_text()
         ask = partial(self._sink.sample, sampler, now)
         sampled: Token = self._call(ask, self._core.call_for_token)
+        if sampler is not None:
+            self._begun()
         return sampled
 
     def _sampler(self, tokens: Tokens) -> Any:
@@ -293,9 +294,12 @@ class Sequence:
         params = self.params
         if params.seed is not None:
             params = params.with_seed(params.seed + self._n_begun)
-        sampler = self._inputs.sampler(params, tokens)
-        self._n_begun += 1
-        return sampler
+        return self._inputs.sampler(params, tokens)
+
+    def _begun(self, anew: bool = True) -> None:
+        """Its text begins; `anew`: a sampling state, too."""
+        self._n_begun += anew
+        self._reset_text()
 
     def _call(
         self,

@@ -22,6 +22,7 @@ from pyllamabatch.errors import (
     ClosedError,
     DecodeError,
     EngineClosed,
+    EngineDraining,
     GrammarError,
     RequestTooLong,
     SamplingError,
@@ -191,6 +192,36 @@ def test_the_next_turn_behind_a_snapshot_draws_as_the_original(model: Model) -> 
             for one in (seq, copy):
                 one.prompt([50, 60])
             assert drive(seq, 8) == drive(copy, 8)
+
+
+def test_a_prompt_that_was_refused_moves_no_seed(model: Model) -> None:
+    params = SamplingParams(temperature=1.5, seed=7, ignore_eog=True)
+    with engine_on(model) as engine, engine.sequence(params) as one, engine.sequence(params) as two:
+        one.prompt(PROMPT)
+        with pytest.raises(RequestTooLong):
+            two.prompt([1] * 3000)
+        engine.drain()
+        with pytest.raises(EngineDraining):
+            two.prompt(PROMPT)
+        engine.resume()
+        two.prompt(PROMPT)
+        assert drive(one, 8) == drive(two, 8)
+
+
+def test_a_snapshot_without_memory_fails_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state_seq_get(*args: Any, **options: Any) -> bytes:
+        raise MemoryError
+
+    with engine_on(model) as engine, engine.sequence(GREEDY) as sequence:
+        sequence.prompt(PROMPT)
+        first = drive(sequence, 3)
+        monkeypatch.setattr(engine._context, "state_seq_get", state_seq_get)
+        with pytest.raises(MemoryError):
+            sequence.snapshot()
+        rest = drive(sequence, 3)
+        assert first + rest == engine.submit(PROMPT, GREEDY).result(60).tokens[:6]
 
 
 def test_preserved_tokens_are_text(embedded_model: Model) -> None:
