@@ -116,6 +116,7 @@ struct fault {
     int32_t code      = 0;
     int32_t n_rows    = 0;
     int32_t n_times   = 0;
+    bool    lost      = false; // the device has failed meanwhile
 };
 
 // One row to sample.

@@ -1,6 +1,7 @@
 // One step, from rows to results.
 #include "step/engine.hpp"
 
+#include "guard/guard.hpp"
 #include "llama-ext.h"
 
 #include <algorithm>
@@ -102,6 +103,10 @@ int32_t decode(plb_engine & engine, llama_batch batch) {
         return llama_decode(engine.ctx, batch);
     }
     fault.countdown = --fault.n_times > 0;
+    if (fault.code == PLB_E_DECODE) {
+        fault.lost = true;
+        return llama_decode(engine.ctx, batch);
+    }
     batch.n_tokens = fault.n_rows < 0 ? batch.n_tokens : std::min(batch.n_tokens, fault.n_rows);
     if (batch.n_tokens > 0) {
         const int32_t code = llama_decode(engine.ctx, batch);
@@ -111,6 +116,21 @@ int32_t decode(plb_engine & engine, llama_batch batch) {
         llama_synchronize(engine.ctx);
     }
     return fault.code;
+}
+
+// Waits for the device. Metal computes later, and that it has failed (most often for want of memory) it
+// says in the log alone: the logits that lie there are an earlier step's.
+void wait_for_outputs(plb_engine & engine) {
+    plb_log_mark();
+    if (std::exchange(engine.fault.lost, false)) {
+        log_fragment(GGML_LOG_LEVEL_ERROR, "error: command buffer 0 failed with status 5\n");
+    }
+    llama_synchronize(engine.ctx);
+    char text[TEXT_BYTES];
+    const int32_t n = plb_log_errors(text, TEXT_BYTES);
+    if (n > 0) {
+        throw failure{PLB_E_DECODE, std::string(text, (size_t) n)};
+    }
 }
 
 // Whether no slot has more than one of the rows that are sampled.
@@ -258,7 +278,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
         return PLB_E_DECODE;
     }
     if (info.n_outputs > 0 || engine.sync) {
-        const int32_t lost = guarded(engine.error, [&] { llama_synchronize(engine.ctx); });
+        const int32_t lost = guarded(engine.error, [&] { wait_for_outputs(engine); });
         if (lost) {
             return PLB_E_DECODE;
         }

@@ -11,7 +11,8 @@ extern "C" {
 /* -- faults on purpose --------------------------------------------------------------------------
  * The countdown-th decode from now on (1: the next one) computes the first n_rows of its rows only
  * (-1: all of them) and reports this code, other than 0; so do those after it, n_times (1 or more) in
- * all. countdown 0: no fault. One fault at a time. */
+ * all. With code PLB_E_DECODE all rows are computed, and waiting for them logs an error, as where a
+ * Mac's GPU has failed. countdown 0: no fault. One fault at a time. */
 int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
                       int32_t n_times);
 

@@ -13,7 +13,7 @@ int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int3
         n_times < 1) {
         return PLB_E_ARGUMENT;
     }
-    engine->fault = {countdown, code, n_rows, n_times};
+    engine->fault = {countdown, code, n_rows, n_times, false};
     return PLB_OK;
 }
 

@@ -8,6 +8,7 @@ import pytest
 
 from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, KvCacheFull
 from pyllamabatch.llama.model import Model
+from pyllamabatch.raw import lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.decoding import loaded
@@ -84,6 +85,20 @@ def test_a_fresh_context_after_a_decode_that_fails_twice(
         check_idle(engine)
         again = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in again] == expected
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_a_device_that_fails_behind_the_call(
+    model: Model, expected: list[list[int]], kv_unified: bool
+) -> None:
+    """Metal says so in its log alone, and computes nothing more in that context. No token comes of
+    such a step: it is tried again, and then in a fresh context."""
+    with engine_on(model, kv_unified=kv_unified) as engine:
+        set_fault(engine._stepper, 4, lib.PLB_E_DECODE, -1, 2)
+        assert engine.submit(PROMPTS[0], GREEDY).result(60).tokens == expected[0]
+        # What can't be taken back is computed again between the two failures.
+        assert engine.stats().restarts == engine.capabilities.partial_removal
+        check_idle(engine)
 
 
 @pytest.mark.parametrize(
