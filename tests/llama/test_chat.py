@@ -90,6 +90,17 @@ def test_a_template_of_ones_own_is_honoured(model: Model) -> None:
     )
 
 
+def test_each_loop_of_a_template_has_its_own(model: Model) -> None:
+    """Where its body names it (vendor/patches/jinja-work.patch)."""
+    template = (
+        "{% for m in messages %}{{ loop.index }}{% for i in range(2) %}{{ i }}{% endfor %}"
+        "{% for i in range(2) %}{% if i %}{{ loop.index0 }}{% endif %}{% endfor %}"
+        "{% for i in [] %}{% else %}{{ loop.length }}{% endfor %}{% endfor %}"
+    )
+    two = [USER, {"role": "assistant", "content": "No."}]
+    assert model.vocab.apply_chat_template(two, template=template) == "1011220112"
+
+
 def test_a_default_system_turn_appears(model: Model) -> None:
     template = (
         "{% if messages[0].role != 'system' %}SYSTEM Be kind.\n{% endif %}"
