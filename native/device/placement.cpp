@@ -20,17 +20,21 @@ int64_t placement::times::median() const {
     return sorted[N_TIMES / 2];
 }
 
+// A change costs some steps' time: the more often it has to be undone, the rarer it is.
+void placement::leave() {
+    if (on_ && n_on_ < CALM_MAX) {
+        calm_wanted_ = std::clamp(2 * calm_wanted_, CALM, CALM_MAX);
+    }
+    on_   = false;
+    calm_ = trial_ = 0;
+}
+
 bool placement::on_device(int32_t n_rows, bool able) {
     if (mode_ != PLB_DEVICE_SAMPLING_AUTO) {
         return able && mode_ == PLB_DEVICE_SAMPLING_ON;
     }
     if (!able) {
-        // A change costs some steps' time: the more often it has to be undone, the rarer it is.
-        if (on_ && n_on_ < CALM_MAX) {
-            calm_wanted_ = std::clamp(2 * calm_wanted_, CALM, CALM_MAX);
-        }
-        on_   = false;
-        calm_ = trial_ = 0;
+        leave();
         return false;
     }
     calm_ = std::min(calm_ + 1, CALM_MAX);
@@ -68,9 +72,12 @@ void placement::took(int32_t n_rows, bool on_device, int64_t ns) {
     if (trial_ == 0) {
         return;
     }
+    if (n_rows >= cheaper_from_) {
+        trial_ = 0; // as is known by now: it stays
+        return;
+    }
     if (n_rows != trial_) { // the batch has changed meanwhile: another time
-        trial_ = 0;
-        on_    = n_rows >= cheaper_from_;
+        leave();
         return;
     }
     if (n_on_ <= N_FIRST) {

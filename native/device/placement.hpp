@@ -41,6 +41,8 @@ private:
         int64_t median() const;
     };
 
+    void leave();
+
     int32_t mode_;
     bool    on_ = false;
     int32_t calm_ = 0, calm_wanted_, n_on_ = 0, n_few_ = 0;

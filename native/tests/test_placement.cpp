@@ -62,6 +62,18 @@ void a_batch_that_changes_is_not_judged() {
         step(place, 10 + i % 2);
     }
     CHECK(place.cheaper_from() == INT32_MAX);
+    for (const int often : {9, 12, 20}) { // a trial takes longer
+        placement other(PLB_DEVICE_SAMPLING_AUTO);
+        int changes = 0;
+        bool before = false;
+        for (int i = 0; i < 10000; ++i) {
+            const bool now = step(other, 10 + i / often % 2);
+            changes += now != before;
+            before = now;
+        }
+        CHECK(changes < 30);
+        CHECK(steps(other, 64, 5000) > 2000); // when it has come to rest
+    }
 }
 
 void what_is_known_is_not_tried() {
