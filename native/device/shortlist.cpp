@@ -136,6 +136,9 @@ shortlist::shortlist(llama_context * ctx, bool on_cpu) : ctx_(ctx) {
     shared_.on_cpu    = on_cpu;
     shared_.n_seq_max = (int32_t) llama_n_seq_max(ctx);
     shared_.n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+    own_rows_.reserve(llama_n_batch(ctx));
+    next_of_.resize((size_t) shared_.n_seq_max);
+    last_of_.resize((size_t) shared_.n_seq_max);
 }
 
 shortlist::~shortlist() {
@@ -160,15 +163,20 @@ bool shortlist::attach() {
     if (shared_.refused) {
         return false;
     }
-    for (llama_seq_id seq = 0; seq < shared_.n_seq_max; ++seq) {
-        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-        chains_.push_back(chain);
-        llama_sampler_chain_add(chain, llama_sampler_init(&functions, new member{&shared_, seq}));
-        if (!llama_set_sampler(ctx_, seq, chain) || shared_.refused) {
-            shared_.refused = true;
-            detach();
-            return false;
+    try {
+        for (llama_seq_id seq = 0; seq < shared_.n_seq_max; ++seq) {
+            llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+            chains_.push_back(chain);
+            llama_sampler_chain_add(chain, llama_sampler_init(&functions, new member{&shared_, seq}));
+            if (!llama_set_sampler(ctx_, seq, chain) || shared_.refused) {
+                shared_.refused = true;
+                detach();
+                return false;
+            }
         }
+    } catch (...) {
+        detach(); // all or none
+        throw;
     }
     return true;
 }
@@ -185,8 +193,8 @@ void shortlist::detach() {
 
 bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
     own_rows_.clear();
-    next_of_.assign((size_t) shared_.n_seq_max, -1);
-    last_of_.assign((size_t) shared_.n_seq_max, -1);
+    std::fill(next_of_.begin(), next_of_.end(), -1);
+    std::fill(last_of_.begin(), last_of_.end(), -1);
     rows.assign((size_t) batch.n_tokens, {});
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         const uint32_t n = batch.logits[i] ? llama_get_sampled_logits_count_ith(ctx_, i) : 0;

@@ -262,5 +262,10 @@ int main(int argc, char ** argv) {
         slots(f, each);
         steps(f, each);
     }
+    params.device_sampling = PLB_DEVICE_SAMPLING_ON;
+    params.n_outputs_max   = 2;
+    fixture on_device(model_path(argc, argv), 128, 2, params);
+    steps(on_device, requests().front());
+    CHECK_EQ(on_device.views.info->on_device, 1);
     return 0;
 }
