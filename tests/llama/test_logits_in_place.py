@@ -105,14 +105,21 @@ def test_those_of_several_ubatches_are_copied(wanted: Sequence[int]) -> None:
         np.testing.assert_array_equal(logits, np.concatenate(graphs.rows))
 
 
-def test_a_decode_without_a_place_leaves_none_to_read_there() -> None:
+def test_a_decode_without_a_place_leaves_those_of_the_one_before() -> None:
     with watched() as (context, graphs):
         for begin in range(0, 240, 60):
-            context.decode([(20, begin + i, 0, True) for i in range(60)])
+            logits = context.decode([(20, begin + i, 0, i > 57) for i in range(60)])
+        too_many = [(20, 240 + i, 0, True) for i in range(60)]
+        assert context.try_decode(too_many)[0] == NO_SLOT
         assert logits_at(context) == graphs.addresses[-1]
-        assert context.try_decode([(20, 240 + i, 0, True) for i in range(60)])[0] == NO_SLOT
-        assert logits_at(context) not in graphs.addresses
-        context.decode([(20, 240, 0, True)])
+        row = lib.llama_get_logits_ith(context.ptr, 59)
+        assert ffi.buffer(row, logits[1].nbytes)[:] == logits[1].tobytes()
+        lib.llama_memory_seq_add(context.memory, 0, 0, -1, 1)  # at the next decode, by a graph
+        assert (
+            context.try_decode([(20, pos + 1, 0, True) for _, pos, _, _ in too_many])[0] == NO_SLOT
+        )
+        assert logits_at(context) == 0
+        context.decode([(20, 241, 0, True)])
         assert logits_at(context) == graphs.addresses[-1]
 
 
