@@ -26,6 +26,7 @@ POOLINGS = ("mean", "cls", "last", "rank")
 
 N_TOKENS_MAX = 2048  # of a batch, where the model was trained with so many
 N_STATES_MAX = 16  # texts of a batch whose states take memory, however short they are
+OWN = {"n_ctx", "n_ubatch", "embeddings", "pooling_type"}  # parameters of its context
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class Embedder:
         if n_seq_max & (n_seq_max - 1):
             raise ArgumentError("n_seq_max", n_seq_max, "a power of two")
         n_batch = integer("n_batch", n_batch, 0, 2**20)
+        for name in OWN & context_params.keys():
+            limit = "the embedder sets it itself, by pooling, n_batch and n_seq_max"
+            raise ArgumentError(name, context_params[name], limit)
         rows = n_batch or min(N_TOKENS_MAX, max(n_seq_max, model.n_ctx_train))
         rows = max(rows, n_seq_max)
         rows = -(-rows // n_seq_max) * n_seq_max
@@ -123,6 +127,7 @@ class Embedder:
         """The documents by their relevance to `query`, the best first; `top_n` of them at most.
 
         Raises as `embed`; UnsupportedOperation where the pooling is not "rank"."""
+        top_n = _most(top_n)
         embedding = self.submit(self.pairs(query, documents), ranks=True)
         return best_of(_wait(embedding), top_n)
 
@@ -130,6 +135,7 @@ class Embedder:
         self, query: str, documents: Sequence[str], *, top_n: int | None = None
     ) -> list[Ranked]:
         """`rerank` for asyncio. Cancelling the task cancels what is not computed yet."""
+        top_n = _most(top_n)
         pairs = await asyncio.to_thread(self.pairs, query, documents)
         return best_of(await asyncio.wrap_future(self.submit(pairs, ranks=True).future), top_n)
 
@@ -235,11 +241,13 @@ def _is_reranker(model: Model) -> bool:
 
 
 def best_of(scores: Vectors, top_n: int | None) -> list[Ranked]:
-    """By the first of each document's scores. ArgumentError for a `top_n` below 1."""
-    if top_n is not None:
-        top_n = integer("top_n", top_n, 1, 2**31 - 1)
+    """By the first of each document's scores."""
     order = np.argsort(-scores[:, 0], kind="stable")[:top_n]
     return [Ranked(int(i), float(scores[i, 0])) for i in order]
+
+
+def _most(top_n: int | None) -> int | None:
+    return None if top_n is None else integer("top_n", top_n, 1, 2**31 - 1)
 
 
 def _wait(embedding: Embedding) -> Vectors:

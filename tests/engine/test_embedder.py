@@ -100,6 +100,7 @@ def test_documents_by_their_scores(special: Callable[[str], Path]) -> None:
         assert asyncio.run(ranker.arerank("ab", documents, top_n=1))[0].index == ranked[0].index
         with pytest.raises(UnsupportedOperation, match="scores only"):
             ranker.embed(["a"])
+        ranker.submit = None  # type: ignore[assignment,method-assign]  # nothing is computed
         with pytest.raises(ArgumentError, match="top_n"):
             ranker.rerank("ab", documents, top_n=0)
 
@@ -124,6 +125,8 @@ def test_a_template_of_the_file_puts_a_pair_together(
         (lambda e: Embedder(e.model, "none"), "pooling.*mean"),
         (lambda e: Embedder(e.model, n_seq_max=12), "n_seq_max.*power of two"),
         (lambda e: Embedder(e.model, n_batch=-1), "n_batch"),
+        (lambda e: Embedder(e.model, n_ctx=512), "n_ctx=512: the embedder sets it itself"),
+        (lambda e: Embedder(e.model, pooling_type="none"), "pooling_type='none': .* by pooling"),
         (
             lambda e: Embedder("model.gguf"),  # type: ignore[arg-type]
             "must be a Model",
