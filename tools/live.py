@@ -34,7 +34,8 @@ def spec_of(
 ) -> EngineSpec:
     """The simulated twin of this engine. cost: by default a copy of the engine's own as it is
     now."""
-    cache = engine._core.scheduler.admission.cache
+    scheduler = engine._core.scheduler
+    cache = scheduler.admission.cache
     chosen = copy.deepcopy(engine.cost) if cost is None else cost
     assert chosen is not None
     return EngineSpec(
@@ -45,6 +46,8 @@ def spec_of(
         overhead,
         latency,
         chosen.new_graph,
+        scheduler.invariance,
+        swap=copy.copy(scheduler.admission.swap),
     )
 
 

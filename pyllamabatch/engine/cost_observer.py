@@ -32,7 +32,7 @@ class CostObserver:
         cost = scheduler.cost
         if cost is None:
             if len(step.decode) or not self._asynchronous:
-                self._prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
+                scheduler.prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
             return
         end = perf_counter()
         if run.n_drafted:  # steps of different widths: `Drafting` knows what they take
@@ -50,7 +50,7 @@ class CostObserver:
             if self._asynchronous:
                 self._wait_for(shapes[-1], rest + cost.new_graph.step)
             elif rest > 0:
-                self._prefilled(*shapes[-1][:2], rest)
+                scheduler.prefilled(*shapes[-1][:2], rest)
                 cost.observe(*shapes[-1], rest)
             return
         if self._asynchronous and not len(step.decode):
@@ -60,7 +60,7 @@ class CostObserver:
             self._waited(shapes, run)
             return
         self._pending.clear()  # the device was done long ago
-        self._prefilled(*shapes[0][:2], run.seconds)
+        scheduler.prefilled(*shapes[0][:2], run.seconds)
         rebuilt = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
         if rebuilt and n > SETTLED:
             later = (run.seconds - run.first_seconds) / (n - 1)
@@ -74,10 +74,6 @@ class CostObserver:
         # Of several parts one number says nothing of each.
         if len(shapes) == 1 and not (switched and rebuilt and n == 1):
             cost.observe(*shapes[0], seconds - scheduler.attention.deeper(step, kv), n)
-
-    def _prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
-        if n_prompt >= 16 + 8 * (n_rows - n_prompt):
-            self._scheduler.prefilled(n_rows, seconds)
 
     def _wait_for(self, shape: Shape, seconds: float) -> None:
         """A call that nothing has waited for. Of more than one nothing is learnt."""
@@ -96,7 +92,7 @@ class CostObserver:
         mine = sum(cost.predict(*one) for one in shapes) + (new if run.n_reused == 0 else 0.0)
         seconds += run.first_seconds - mine - new
         if run.n_steps == 1 and seconds > 0:
-            self._prefilled(*shape[:2], seconds)
+            self._scheduler.prefilled(*shape[:2], seconds)
             cost.observe(*shape, seconds)
 
     def _each(self, step: Step, run: Run, rebuilt: bool) -> float:

@@ -513,9 +513,11 @@ class Scheduler:
         """The state of `n_tokens` tokens was copied to the host or back in `seconds`."""
         self.admission.swap.copied(n_bytes, seconds, n_tokens)
 
-    def prefilled(self, n_rows: int, seconds: float) -> None:
-        """A step of `n_rows` rows, nearly all of prompts, took `seconds`."""
-        self.admission.swap.computed(n_rows, seconds)
+    def prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
+        """A step of `n_rows` rows took `seconds`. If nearly all, `n_prompt`, are of prompts, that
+        is what it takes to compute a sequence again."""
+        if n_prompt >= 16 + 8 * (n_rows - n_prompt):
+            self.admission.swap.computed(n_rows, seconds)
 
     def drop_cached(self) -> bool:
         """Nothing stays cached, for the cache is fuller than the accounting says; whether anything

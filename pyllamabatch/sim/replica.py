@@ -18,7 +18,7 @@ from pyllamabatch.cost.graphs import F64, Graphs, NativeCall
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
 from pyllamabatch.errors import ArgumentError, integer
-from pyllamabatch.kv import Sharing
+from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.kv_options import Pool
@@ -36,9 +36,10 @@ OVERHEAD = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What every replica is. sharing, retain, invariance: see `KvOptions`. overhead: seconds of a
-    native call beside its steps. latency: seconds from a token to its reader. new_graph: see
-    `NewGraph`. pool: what streams become when a sequence needs it."""
+    """What every replica is. sharing, retain, invariance, swap: see `KvOptions`; each replica has a
+    copy of `swap`, and copies take as long as that says. overhead: seconds of a native call beside
+    its steps. latency: seconds from a token to its reader. new_graph: see `NewGraph`. pool: what
+    streams become when a sequence needs it."""
 
     cost: StepCost
     limits: Limits
@@ -49,6 +50,7 @@ class EngineSpec:
     new_graph: NewGraph = NO_COST
     invariance: Invariance | None = None
     pool: EngineSpec | None = None
+    swap: SwapChoice = field(default_factory=lambda: SwapChoice("recompute"))
 
     @classmethod
     def of(
@@ -105,6 +107,7 @@ class EngineSpec:
             overhead,
             new_graph=cost.new_graph,
             invariance=invariance,
+            swap=SwapChoice("swap" if batch_invariant else "recompute"),
         )
 
 
@@ -141,11 +144,13 @@ class _Open:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A native call in flight: the times at which its steps end, the cells in use before it; what
-    its steps are, where they may have drafts; rows of padding, where they are recorded."""
+    """A native call in flight: when it begins, and its first step; the times at which its steps
+    end; the cells in use before it; what its steps are, where they may have drafts; rows of
+    padding, where they are recorded."""
 
     step: Step
     start: float
+    first: float
     ends: F64
     held: int
     steps: Steps | None = None
@@ -171,7 +176,8 @@ class SimulatedReplica:
         if spec.pool is not None:  # with the slots that the streams have
             sharing = replace(spec.pool.sharing, n_cached=spec.sharing.n_cached)
             pool = Pool(spec.pool.limits, sharing)
-        kv = KvOptions(spec.sharing, spec.retain, pool=pool, invariance=spec.invariance)
+        swap = copy.copy(spec.swap)
+        kv = KvOptions(spec.sharing, spec.retain, swap, pool, spec.invariance)
         self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
         self.load.counters = self.scheduler.counters
         self.recorder = StepRecorder(n_trace, self.scheduler.n_slots) if n_trace else None
@@ -185,6 +191,7 @@ class SimulatedReplica:
         self._wake = inf
         self._rows_before = 0  # of the last step
         self._drafted_rows = 0  # of the last one with drafts
+        self._copying = 0.0  # seconds of copies before the next call
         self._is(spec)
 
     def _is(self, spec: EngineSpec) -> None:
@@ -266,8 +273,7 @@ class SimulatedReplica:
         if self._graphs is not None:
             self._graphs.computed(n)
         if self.recorder is not None:
-            first = call.start + self.spec.overhead
-            self.recorder.ended(step, first, ends, call.n_filled, call.steps)
+            self.recorder.ended(step, call.first, ends, call.n_filled, call.steps)
         drafted, drafting = None, self.scheduler.drafting
         seconds = 0.0 if call.steps is None or step.chunks else float(call.steps.seconds[:n].sum())
         passes = drafting is not None and drafting.passes(n, seconds, asked=bool(step.drafts))
@@ -387,6 +393,7 @@ class SimulatedReplica:
             if (becomes := self._specs.get(operation.kind)) is not None:
                 self._is(becomes)
                 self.scheduler.renewed(becomes.cost, 0.0)
+            self._copying += self._copy_seconds(operation)
         if self.recorder is not None:
             self.recorder.placed(step)
         if step.n_rows:
@@ -411,16 +418,25 @@ class SimulatedReplica:
             if scheduler.drafting is not None:
                 steps = plain(step, seconds, own == seconds)
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
-        ends = now + self.spec.overhead + np.cumsum(seconds)
+        first, self._copying = now + self.spec.overhead + self._copying, 0.0
+        ends = first + np.cumsum(seconds)
         if scheduler.deadlines.next is not None:
             ends = ends[: int(np.searchsorted(ends, scheduler.deadlines.next)) + 1]
-        self._call = _InFlight(step, now, ends, held, steps)
+        self._call = _InFlight(step, now, first, ends, held, steps)
         if self.recorder is not None:
             shapes = scheduler.attention.shapes(step, 1.0)
             self._call.n_filled = sum(rows for rows, *_ in shapes) - step.n_rows - step.n_fill
             self.recorder.begin(step, now, scheduler.accounting.used)
 
     # -- inside
+
+    def _copy_seconds(self, operation: KvOperation) -> float:
+        """Of a state to the host or back, and of a stream on the device."""
+        swap = self.scheduler.admission.swap
+        if operation.kind in ("save", "load"):
+            return operation.n * swap.bytes_per_token / swap.copy_rate
+        streams = not self.spec.limits.unified
+        return swap.stream_seconds if operation.kind == "copy" and streams else 0.0
 
     def _luck(self, slot: int) -> Luck:
         luck = self._in_slot[slot].luck
@@ -452,7 +468,10 @@ class SimulatedReplica:
         scheduler, predict = self.scheduler, self.spec.cost.predict
         kv = scheduler.attention.cells(step)
         shapes = scheduler.attention.shapes(step, kv)
-        first = sum(starmap(predict, shapes)) + scheduler.attention.deeper(step, kv)
+        each = [*starmap(predict, shapes)]
+        for (rows, prompt, *_), took in zip(shapes, each, strict=True):
+            scheduler.prefilled(rows, prompt, took)
+        first = sum(each) + scheduler.attention.deeper(step, kv)
         seconds = np.full(n, first, dtype=np.float64)
         if n > 1:
             later = scheduler.attention.cells(step, n - 1)

@@ -97,7 +97,7 @@ def scheduler(cost: Learner, attention: Any, limits: Limits) -> Any:
         cost=cost,
         attention=attention,
         limits=limits,
-        prefilled=lambda rows, seconds: None,
+        prefilled=lambda *step: None,
         padding=Padding(limits, possible=True),
     )
 

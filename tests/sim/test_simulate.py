@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.errors import ArgumentError, PlanError
-from pyllamabatch.kv import Sharing
+from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.scheduler import (
     Plan,
     Policy,
@@ -400,6 +400,44 @@ def test_preemption() -> None:
     assert found["preemptions"] > 0
     assert all(o.preemption > 0 for o in run.outcomes if o.preemptions)
     assert found["kv_peak"] <= 1
+
+
+def test_a_preempted_sequence_comes_back_from_the_host_where_that_is_cheaper() -> None:
+    """A state of 100 KB a token, 2 GB a second: a twentieth of computing a token again."""
+    requests = [one(i, 0.0, 100, 150) for i in range(4)]
+    found = {}
+    for mode in ("recompute", "auto", "swap"):
+        swap = SwapChoice(mode, bytes_per_token=1e5)
+        spec = replace(machine(n_cells=600, prefix_cache=False), swap=swap)
+        first, again = simulate(requests, spec, "fcfs"), simulate(requests, spec, "fcfs")
+        assert everything(first) == everything(again)  # what one has learnt is not the next one's
+        found[mode] = first
+    counters = {mode: run.loads[0].counters for mode, run in found.items()}
+    assert counters["recompute"].preemptions > 0
+    assert counters["recompute"].loaded_tokens == 0
+    assert counters["auto"].loaded_tokens == counters["swap"].loaded_tokens > 100
+    free = replace(machine(n_cells=600, prefix_cache=False), swap=SwapChoice("swap"))
+    seconds = {mode: max(o.end for o in run.outcomes) for mode, run in found.items()}
+    copied = seconds["swap"] - max(o.end for o in simulate(requests, free, "fcfs").outcomes)
+    assert copied == pytest.approx(2 * counters["swap"].loaded_tokens * 1e5 / 2e9)
+    assert seconds["auto"] == seconds["swap"] < seconds["recompute"]
+
+
+def test_a_copy_of_a_stream_takes_its_time() -> None:
+    """The second one's prompt begins with all of the first one's, which is cached."""
+    first = TraceRequest(1, 0.0, 100, 50, ((0, 100),), 1)
+    second = TraceRequest(2, 1.0, 170, 5, ((0, 100), (1, 50), (2, 20)), 3, after=1)
+    ends = []
+    for seconds in (0.0, 1e-4):
+        swap = SwapChoice("recompute", stream_seconds=seconds)
+        run = simulate([first, second], replace(machine(unified=False), swap=swap), n_trace=1000)
+        assert [o.prefix for o in run.outcomes] == [0, 149]
+        ends.append(run.outcomes[1].end - run.outcomes[0].end)
+        (trace,) = run.traces
+        assert (trace["t_start_ns"][-1] + trace["decode_ns"][-1]) * 1e-9 == pytest.approx(
+            run.outcomes[1].end
+        )
+    assert ends[1] - ends[0] == pytest.approx(2e-4)  # out of the way, and back
 
 
 def test_replicas_share_the_traffic() -> None:

@@ -10,9 +10,11 @@ from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.cost.kernels import Kernels, Regime
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample
+from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.sim import EngineSpec, at_load, draw, load_trace, simulate, summarise
+from tests.support.made_up_costs import Linear
 from tools.live import run_live, spec_of
 from tools.validation import Validator, split
 
@@ -46,6 +48,43 @@ def test_the_same_steps(embedded_model: Model, policy: str, unified: bool) -> No
     assert (counters.steps, counters.rows) == (stats.steps, stats.rows)
     assert counters.prefill_rows == stats.prefill_rows
     assert sum(o.preemptions for o in run.outcomes) == stats.preemptions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_unified": True, "preemption": "swap"},
+        {"kv_unified": True, "preemption": "recompute"},
+        {"batch_invariant": True, "n_ctx": 4 * 256, "policy": "mlfq"},
+    ],
+    ids=["swap", "recompute", "invariant"],
+)
+def test_the_same_steps_where_some_are_preempted(
+    embedded_model: Model, options: dict[str, Any]
+) -> None:
+    requests = [
+        replace(request, arrival=0.0, id=i + 1)
+        for i, request in enumerate(draw("poisson:rate=1,n=8,prompt=5-120,output=30-90", 0))
+    ]
+    more: dict[str, Any] = {"n_ctx": 256, "n_batch": 128, "prefix_cache": False, "speculate": None}
+    cost = Linear(0.01, 0.001, new_graph=NewGraph(10.0))  # longer than any that is measured
+    more |= {"policy": "fcfs", "cost": cost, **options}
+    with engine_on(embedded_model, **more) as engine:
+        machine = spec_of(engine, 0.0)
+        engine.generate(
+            [request.tokens().tolist() for request in requests],
+            [SamplingParams(max_tokens=r.n_output, ignore_eog=True) for r in requests],
+        )
+        counters, live = engine._core.scheduler.counters, engine.trace()
+    assert counters.preemptions > 2
+    assert (counters.loaded_tokens > 0) == (options.get("preemption") != "recompute")
+    run = simulate(requests, machine, more["policy"], n_trace=len(live))
+    assert run.loads[0].counters == counters
+    (steps,) = run.traces
+    ids = np.where(steps["ids"] > 0, steps["ids"] - 1, 0)  # a request's id + 1
+    assert np.array_equal(ids, live["ids"])
+    for name in ("rows", "prefill_rows", "sampled", "chunk"):
+        assert np.array_equal(steps[name], live[name]), name
 
 
 def test_a_trace_in_real_time(embedded_model: Model) -> None:
