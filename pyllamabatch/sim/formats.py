@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.sim.workload import DRAWN, LONGEST, Piece, TraceRequest, acceptance_of, draw
+from pyllamabatch.sim.workload import (
+    DRAWN,
+    LATEST,
+    LONGEST,
+    Piece,
+    TraceRequest,
+    acceptance_of,
+    draw,
+)
 
 BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with
@@ -98,16 +106,9 @@ def at_rate(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
 
 def _seconds(milliseconds: Any) -> float:
     seconds = float(milliseconds) / 1e3
-    if not 0 <= seconds < 1e12:
+    if not 0 <= seconds < LATEST:
         raise ValueError(f"{milliseconds} ms is no time from 0 on")
     return seconds
-
-
-def _share(value: Any) -> float:
-    share = float(value)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{share} is no share from 0 to 1")
-    return share
 
 
 _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -117,7 +118,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "deadline_ms": ("deadline", _seconds),
     "ttft_target_ms": ("ttft_target", _seconds),
     "itl_target_ms": ("itl_target", _seconds),
-    "acceptance": ("acceptance", _share),
+    "acceptance": ("acceptance", float),
 }
 """Field of a line → field of `TraceRequest`, and how it is read."""
 
@@ -171,7 +172,7 @@ class _Lines:
 
     def _request(self, arrival: float, row: Row, after: int | None = None) -> TraceRequest:
         n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
-        if not (1 <= n_prompt <= LONGEST and 1 <= n_output <= LONGEST and 0 <= arrival < 1e12):
+        if not (1 <= n_prompt <= LONGEST and 1 <= n_output <= LONGEST and 0 <= arrival < LATEST):
             raise ValueError(f"no such request: {n_prompt} and {n_output} tokens at {arrival} s")
         more = {
             name: read(row[field])
@@ -180,8 +181,6 @@ class _Lines:
         }
         for name in _IN_MS & row.keys():
             raise ValueError(f"{name} is {name}_ms in a trace")
-        if (budget := more.get("max_tokens")) and budget < n_output:
-            raise ValueError("max_tokens below output_length")
         block, ids = int(row.get("block_size", BLOCK)), row.get("hash_ids") or ()
         if ids and (block < 1 or len(ids) != -(-n_prompt // block)):
             raise ValueError(f"{len(ids)} hash_ids for {n_prompt} tokens in blocks of {block}")

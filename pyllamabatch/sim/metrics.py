@@ -187,7 +187,9 @@ def summarise(
     outcomes: Sequence[Outcome], loads: Sequence[Load], slo: Mapping[str, float]
 ) -> dict[str, float]:
     """The figures of a run by name: times in seconds, rates per second, shares from 0 to 1.
-    duration: from the first arrival to the last token."""
+    duration: from the first arrival to the last token. ArgumentError for another name in `slo`."""
+    for name in slo.keys() - {*SLO_NAMES}:
+        raise ArgumentError("slo", name, f"one of {', '.join(SLO_NAMES)}")
     done = [o for o in outcomes if not o.rejected]
     found: dict[str, float] = {
         "requests": len(done),

@@ -17,7 +17,7 @@ import numpy as np
 from pyllamabatch.cost.graphs import F64, Graphs, NativeCall
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
-from pyllamabatch.errors import ArgumentError, integer
+from pyllamabatch.errors import ArgumentError, integer, number
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
@@ -70,15 +70,22 @@ class EngineSpec:
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
-        of ended requests. gap_max: see `Limits`; the default
-        is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool. speculate: steps may
-        check drafts that cost nothing to make, of requests with an `acceptance`."""
+        of ended requests. gap_max: see `Limits`; the default is a GPU's. batch_invariant: see
+        `Engine`, not in a pool. speculate: steps may check drafts that cost nothing to make, of
+        requests with an `acceptance`. ArgumentError for what no engine can be."""
         if batch_invariant and speculate:
             raise ArgumentError("speculate", speculate, "False with batch_invariant")
         if batch_invariant and unified:
             raise ArgumentError("unified", unified, "False with batch_invariant")
+        if not hasattr(cost, "switch"):
+            raise ArgumentError("cost", cost, "a CostModel, or what inherits StepCost")
+        if not isinstance(unified, bool):
+            raise ArgumentError("unified", unified, "True (a pool) or False (streams)")
+        n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
+        n_cells = integer("n_cells", n_cells, 1, 2**31 - 1)
         n_batch = integer("n_batch", n_batch, n_seq_max, 2**31 - 1)
-        n_ubatch = min(n_ubatch, n_batch)
+        n_ubatch = min(integer("n_ubatch", n_ubatch, 1, 2**31 - 1), n_batch)
+        overhead = number("overhead", overhead, 0)
         invariance = Invariance.assumed(n_ubatch, n_seq_max) if batch_invariant else None
         n_cached = n_copies(n_seq_max, n_batch, unified=unified) if prefix_cache else 0
         n_cells_seq = n_cells

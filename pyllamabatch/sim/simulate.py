@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
-from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
+from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong, integer
 from pyllamabatch.scheduler import Policy, make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.scheduler.policy import check_policy
@@ -59,8 +59,8 @@ def simulate(
     those after it arrive as if it had ended at once. Raises SimulationStuck when the policy leaves
     requests waiting for ever, or waits WAITS_MOST times while nothing else happens, PlanError when
     it breaks a rule."""
-    if n_replicas < 1:
-        raise ArgumentError("replicas", n_replicas, "at least 1")
+    n_replicas = integer("n_replicas", n_replicas, 1, 10_000)
+    n_trace = integer("n_trace", n_trace, 0, 2**24)
     routing = make_router(router)
     name, make = _named(policy)
     outcomes: list[Outcome] = []

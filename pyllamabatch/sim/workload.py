@@ -10,15 +10,16 @@ from typing import Any, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, integer, number
 
 Piece = tuple[int, int]
 LONGEST = 2**30  # tokens of a prompt, or of an output
+LATEST = 1e12  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request. Times in seconds.
+    """One request. Times in seconds. ArgumentError for what can be none.
 
     - arrival: with `after`, the time from the end of that request.
     - n_prompt, n_output: tokens of its prompt and its output. max_tokens: its budget, where a token
@@ -43,6 +44,20 @@ class TraceRequest:
     ttft_target: float | None = None
     itl_target: float | None = None
     acceptance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_prompt", "n_output"):
+            integer(name, getattr(self, name), 1, LONGEST)
+        if sum([n for _, n in self.content]) != self.n_prompt:
+            raise ArgumentError("content", self.content, f"must have {self.n_prompt} tokens in all")
+        if self.max_tokens and not self.max_tokens >= self.n_output:
+            raise ArgumentError("max_tokens", self.max_tokens, f"0, or {self.n_output} at least")
+        number("arrival", self.arrival, 0, LATEST)
+        for name in ("deadline", "ttft_target", "itl_target"):
+            if (seconds := getattr(self, name)) is not None:
+                number(name, seconds, 0)
+        if self.acceptance is not None:
+            number("acceptance", self.acceptance, 0, 1)
 
     def tokens(self, n_generated: int = 0) -> npt.NDArray[np.int32]:
         """Stand-ins for the tokens of its prompt and its output so far, int32: the numbers of their
@@ -207,6 +222,8 @@ def draw(spec: str, seed: int) -> list[TraceRequest]:
     """The requests of "poisson:rate=4,n=1000,prompt=100-900", "gamma:…" or "closed:…".
     ArgumentError names the options, or what is wrong with one."""
     name, _, rest = spec.partition(":")
+    if name not in DRAWN:
+        raise ArgumentError("trace", spec, f"one of {', '.join(DRAWN)}, as in poisson:rate=4")
     kind = DRAWN[name]
     options = {f.name: f for f in fields(kind) if f.init}
     types, known = get_type_hints(kind), ", ".join(options)

@@ -589,6 +589,8 @@ class Bad:
         ([one(1, 0.0, 1, 1)], {"policy": Polls}, SimulationStuck, "Polls leaves 1 request"),
         ([], {"policy": 3}, ArgumentError, "policy=3: must have plan"),
         ([], {"n_replicas": 0}, ArgumentError, "replicas"),
+        ([], {"n_replicas": 1.5}, ArgumentError, "n_replicas"),
+        ([], {"n_trace": -1}, ArgumentError, "n_trace"),
         ([], {"router": "random"}, ArgumentError, "router"),
         ([], {"policy": "none"}, ArgumentError, "policy"),
         ([one(1, 0, 5, 5), one(2, 0, 5, 5, after=9)], {}, SimulationStuck, "1 request"),
@@ -599,6 +601,26 @@ def test_a_bad_plan_and_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=says):
         simulate(requests, machine(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_seq_max": 0}, {"n_seq_max": 2.5}, {"n_seq_max": 257}, {"n_cells": 0}, {"n_cells": 1e4},
+        {"n_ubatch": 0}, {"n_batch": 3}, {"unified": "auto"}, {"overhead": float("nan")},
+        {"overhead": -1.0}, {"cost": None}, {"cost": "m2-ultra"},
+    ],
+)  # fmt: skip
+def test_an_engine_that_can_not_be(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ArgumentError, match=name):
+        machine(**options)
+
+
+def test_targets_have_names() -> None:
+    run = simulate([one(1, 0.0, 5, 5)], machine())
+    with pytest.raises(ArgumentError, match="slo='speed': one of ttft"):
+        run.summary({"speed": 1.0})
 
 
 def test_a_policy_object_is_made_for_each_replica() -> None:

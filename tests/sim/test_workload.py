@@ -1,11 +1,14 @@
 """Workloads that are drawn."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv.radix_tree import n_common
-from pyllamabatch.sim import draw, load_trace
+from pyllamabatch.sim import TraceRequest, draw, load_trace
 from pyllamabatch.sim.workload import draw_lengths
 
 
@@ -54,6 +57,7 @@ def test_some_begin_in_the_same_way() -> None:
     ("spec", "says"),
     [
         ("poisson", "needs rate"),
+        ("poison:rate=1", "one of poisson, gamma, closed"),
         ("poisson:rate=x", "a number"),
         ("poisson:rate=0", "rate"),
         ("poisson:rate=1,speed=2", "no option 'speed'"),
@@ -73,6 +77,21 @@ def test_some_begin_in_the_same_way() -> None:
 def test_what_is_wrong_is_said(spec: str, says: str) -> None:
     with pytest.raises(ArgumentError, match=says):
         draw(spec, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"arrival": float("nan")}, {"arrival": float("inf")}, {"arrival": -1.0}, {"n_prompt": 0},
+        {"n_output": 0}, {"n_prompt": 5.0}, {"content": ((0, 20),)}, {"max_tokens": 4},
+        {"deadline": -1.0}, {"itl_target": float("nan")}, {"acceptance": 2.0},
+    ],
+)  # fmt: skip
+def test_what_is_no_request(wrong: dict[str, Any]) -> None:
+    """An arrival that is no number was simulated for ever."""
+    (name,) = wrong
+    with pytest.raises(ArgumentError, match=f"^{name}="):
+        replace(TraceRequest(1, 0.0, 5, 9, ((0, 5),), 1), **wrong)
 
 
 def test_a_drawn_trace_has_its_rate_already() -> None:

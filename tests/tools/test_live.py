@@ -157,7 +157,7 @@ def test_segments_and_loads() -> None:
     assert 9 / half[-1].arrival == pytest.approx(0.5 * capacity)
     twice = at_load(requests, machine, "sarathi", 0.5, n_replicas=2)
     assert twice[-1].arrival < 0.7 * half[-1].arrival
-    too_long = [replace(r, n_prompt=10**6) for r in requests]
+    too_long = [replace(r, n_prompt=10**6, content=((0, 10**6),)) for r in requests]
     for load, trace in ((0.0, requests), (0.5, talks), (0.5, too_long)):
         with pytest.raises(ArgumentError, match="load"):
             at_load(trace, machine, "sarathi", load)
