@@ -68,7 +68,8 @@ class InteractiveSink(Sink):
         self._kv = kv
         self._context = context
         self._call: Call | None = None
-        self._back_to: int | None = None  # tokens before the call, where it adds some
+        self._back_to: int | None = None  # tokens before the call, where it adds some,
+        self._aside: tuple[Any, int] | None = None  # and the sampling state that it replaces
 
     # -- what the owner asks for
 
@@ -77,6 +78,7 @@ class InteractiveSink(Sink):
         request = self.request
         n = len(request.tokens)
         self._scheduler.check_fits(n + len(tokens), 1)
+        aside = self._set_aside()
         self._begin(np.concatenate((request.tokens, tokens)), sampler)
         if n:
             self._scheduler.interactive.extend(request.id, len(tokens), now)
@@ -84,6 +86,7 @@ class InteractiveSink(Sink):
             request.arrival = now
             self._table.add(request)
         self._wait_for(call, n)
+        self._aside = aside
         self.computed()
 
     def compute(self, call: Call) -> None:
@@ -192,17 +195,31 @@ class InteractiveSink(Sink):
 
     def _begin(self, tokens: Tokens, sampler: Any) -> None:
         """Sampling begins behind `tokens`."""
+        self.request.tokens = tokens
+        self._go_on(sampler, len(tokens))
+
+    def _go_on(self, sampler: Any, n_given: int) -> None:
+        """Sampling does, behind what is known: of these the first `n_given` were not sampled."""
         request = self.request
-        request.tokens, request.n_given, request.sampler = tokens, len(tokens), sampler
-        self.spent = False
+        request.n_given, request.sampler, self.spent = n_given, sampler, False
         if request.slot >= 0:
             self._stepper.put_slot(request.slot, sampler, request.next_row, report=True)
 
     def _wait_for(self, call: Call, back_to: int | None = None) -> None:
         self._call, self._back_to, self.request.n_restarts = call, back_to, 0
 
+    def _set_aside(self) -> tuple[Any, int] | None:
+        """Its sampling state, and how many tokens were given before that began; None: it has none
+        that could go on."""
+        request = self.request
+        if self.spent or not len(request.tokens):
+            return None
+        if request.slot >= 0:
+            self._stepper.take_slot(request.slot)
+        return request.sampler, request.n_given
+
     def _finish(self, value: Any = None, error: Exception | None = None) -> None:
-        call, self._call = self._call, None
+        call, self._call, self._aside = self._call, None, None
         if call is not None:
             call.finish(value, error)
 
@@ -214,6 +231,8 @@ class InteractiveSink(Sink):
         before = n if self._back_to is None else self._back_to
         self.spent |= before < n
         self._trim(before)
+        if self._aside is not None:
+            self._go_on(*self._aside)
         self._finish(error=error)
 
     def _trim(self, n: int) -> None:

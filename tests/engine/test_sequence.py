@@ -208,6 +208,37 @@ def test_a_prompt_that_was_refused_moves_no_seed(model: Model) -> None:
         assert drive(one, 8) == drive(two, 8)
 
 
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_behind_a_prompt_that_was_cancelled_sampling_goes_on(
+    model: Model, kv_unified: bool
+) -> None:
+    params = SamplingParams(temperature=1.5, seed=7, repeat_penalty=1.3, ignore_eog=True)
+    with (
+        engine_on(model, n_batch=16, kv_unified=kv_unified) as engine,
+        engine.sequence(params) as one,
+        engine.sequence(params) as two,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for seq in (one, two):
+            seq.prompt(PROMPT)
+        assert drive(one, 3) == drive(two, 3)
+        with held(engine, 2):
+            rows = engine.stats().prefill_rows
+            call = pool.submit(one.prompt, list(range(10, 100)))
+            until(lambda: engine.stats().prefill_rows > rows)
+            one.cancel()
+            with pytest.raises(Cancelled):
+                call.result(60)
+        assert one.tokens == two.tokens
+        copy = engine.sequence()
+        copy.restore(one.snapshot())
+        assert drive(one, 8) == drive(two, 8) == drive(copy, 8)
+        for seq in (one, two):
+            seq.prompt([50, 60])
+        assert drive(one, 8) == drive(two, 8)
+        copy.close()
+
+
 def test_a_snapshot_without_memory_fails_alone(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
