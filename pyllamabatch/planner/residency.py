@@ -244,8 +244,8 @@ def fitting_n_ctx(
     model: Model, n_ctx: int, *, shrink: bool, beside: Beside | None = None, **params: Any
 ) -> int:
     """`n_ctx` if a context with these parameters, and the one that is to come beside it, fit what
-    is free now; with `shrink` the largest below it with which they do, and a part of that is left
-    free. Their models are loaded. Raises `NotEnoughMemory`.
+    is free now; with `shrink` the largest below it with which they do, a part of that stays free,
+    and mapped weights stay in memory. Their models are loaded. Raises `NotEnoughMemory`.
 
     Where even a generous guess fits twice, nothing is projected."""
     both = [Beside(model, int, params), *([beside] if beside else ())]
@@ -266,16 +266,25 @@ def fitting_n_ctx(
                 own = projector.footprint(n_ctx=one.cells(cells), **one.params)
                 pages[one.model] = max(0, own.host.mapped - own.host.copied)
                 found = found.plus(own)
-            # What is mapped counts as free memory, and would be read from the file in every step.
-            needed = found.device.context, found.host.context + sum(pages.values())
+            # They count as free, and would be read from the file in every step.
+            left_in = min(sum(pages.values()), host // 2) if stay else 0
+            needed = found.device.context, found.host.context + left_in
             each = zip(needed, (devices, host), strict=True)
             return next(((size, free) for size, free in each if size > free), None)
 
+        step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
+
+        def largest() -> int:
+            return step * most(lambda blocks: short(step * blocks) is None, n_ctx // step)
+
+        stay = shrink
         first = short(n_ctx)
         if first is None:
             return n_ctx
-        step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
-        found = step * most(lambda blocks: short(step * blocks) is None, n_ctx // step)
+        found = largest()
+        if stay and not found:  # slow is better than not at all
+            stay = False
+            found = largest()
     if not shrink or found == 0:
         lower = ", or fewer snapshots of its states (n_rs_seq)" if params.get("n_rs_seq") else ""
         raise NotEnoughMemory(*first, f"n_ctx={found} would fit{lower}")
