@@ -5,6 +5,9 @@ set(BUILD_SHARED_LIBS ON CACHE BOOL "" FORCE)
 if (APPLE)
     set(GGML_METAL ON CACHE BOOL "Metal backend")
     set(GGML_METAL_EMBED_LIBRARY ON CACHE BOOL "Metal library inside the backend")
+    # ggml turns it on for a Mac, and prompts of 32 rows and more then go to Accelerate where the CPU
+    # computes: to as many threads as that likes, and with other sums than fewer rows have.
+    set(GGML_BLAS OFF CACHE BOOL "Accelerate for many rows on the CPU")
 endif()
 
 if (PLB_PORTABLE)
