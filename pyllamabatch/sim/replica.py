@@ -411,7 +411,7 @@ class SimulatedReplica:
         deadline."""
         scheduler = self.scheduler
         assert step.n_rows + step.n_fill <= scheduler.limits.n_batch
-        held = self.load.n_cells - scheduler.accounting.free
+        held = scheduler.accounting.used - scheduler.accounting.cached
         self.load.add_point(now, scheduler.n_running, scheduler.n_waiting, held)
         n = step.repeat
         if n > 1:

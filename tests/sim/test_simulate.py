@@ -564,6 +564,17 @@ class Later:
         return Plan(wake=view.now + 1) if view.now < 3 else Plan({1: 1})
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_cells_that_are_held_are_those_of_running_sequences(unified: bool) -> None:
+    """Cached ones are not, nor the streams that these lie in."""
+    requests = [one(i, 0.0, 100, 50) for i in range(9)]
+    for cache in (True, False):
+        run = simulate(requests, machine(unified=unified, prefix_cache=cache), "fcfs")
+        held = [cells for *_, cells in run.loads[0].points]
+        assert (held[0], min(held), max(held)) == (0, 0, 400)
+        assert run.loads[0].kv_peak == 4 * 149
+
+
 def test_a_policy_may_wait() -> None:
     (o,) = outcomes([one(1, 0.0, 1, 1)], Later)
     assert o.admitted == 3.0
