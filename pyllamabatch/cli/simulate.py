@@ -28,6 +28,7 @@ from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.engine.context_defaults import ubatch
 from pyllamabatch.engine.on_machine import lay_out_on
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.kv import SwapChoice
 from pyllamabatch.report.plots import styled
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
@@ -158,7 +159,12 @@ def run(args: argparse.Namespace) -> int:
             gap_max=default_gap_max(streams=not unified, on_gpu=on_gpu),
             batch_invariant=args.batch_invariant, speculate=speculate,
         )  # fmt: skip
-        return replace(spec, latency=args.latency)
+        spec = replace(spec, latency=args.latency)
+        if profile.cell_bytes and not args.batch_invariant:
+            cells = spec.limits.n_cells_seq
+            swap = SwapChoice.of_cells("auto", profile.cell_bytes, cells, on_gpu=on_gpu)
+            spec = replace(spec, swap=swap)
+        return spec
 
     n_cells = given["n_ctx"] if args.kv_unified else given["n_ctx"] // given["n_seq_max"] * n
     spec = spec_of(args.kv_unified, n_cells)

@@ -123,7 +123,8 @@ class Key:
 class Profile:
     """Raw samples and their origin. output_share: the output matrix's part of the weights that a
     row passes. n_expert, n_expert_used: of a mixture of experts, else 0. n_swa: cells of a sliding
-    window that some layers have, else 0. about: driver, build, model, date, source; for people."""
+    window that some layers have, else 0. cell_bytes: of a KV cell; 0: not known. about: driver,
+    build, model, date, source; for people."""
 
     key: Key
     kernels: Kernels
@@ -133,6 +134,7 @@ class Profile:
     n_expert: int = 0
     n_expert_used: int = 0
     n_swa: int = 0
+    cell_bytes: float = 0.0
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, *, unified: bool) -> bool:
@@ -219,8 +221,9 @@ def _check(profile: Profile) -> None:
     least = min(profile.n_ubatch, known.attention_from, n_threads)
     if least < 1 or profile.key.distance(profile.key):
         raise ValueError(f"no such n_ubatch, attention_from or context: {profile.key}")
-    if not 0 <= profile.output_share <= 1 or profile.n_swa < 0:
-        raise ValueError(f"output_share {profile.output_share}, n_swa {profile.n_swa}")
+    if not 0 <= profile.output_share <= 1 or min(profile.n_swa, profile.cell_bytes) < 0:
+        sizes = profile.output_share, profile.n_swa, profile.cell_bytes
+        raise ValueError(f"output_share, n_swa or cell_bytes: {sizes}")
     if not 0 <= profile.n_expert_used <= profile.n_expert:
         raise ValueError(f"{profile.n_expert_used} experts of {profile.n_expert}")
     for s in profile.samples:

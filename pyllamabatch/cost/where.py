@@ -13,7 +13,7 @@ from pyllamabatch.cost.profile import Key, Profile
 from pyllamabatch.cost.terms import DENSE, Experts
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.limits import memory_parts
+from pyllamabatch.llama.limits import cell_bytes, memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.tensors import tensors
 from pyllamabatch.raw import ffi, lib
@@ -185,6 +185,7 @@ def unmeasured(context: Context) -> Profile:
         weights.experts.n,
         weights.experts.n_used,
         model.n_swa,
+        cell_bytes(model, context.params),
         about={
             "model": model.description,
             "file": Path(model.path).name,

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 _PAD = 256  # cells that a stream has at least
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
-# Bytes that a device copies in a second, each way: the least of what is sold today.
-COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
-
 
 class NativeContext(Context):
     """As `EngineContext`."""
@@ -129,6 +126,5 @@ class NativeContext(Context):
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         per_token = cell_bytes(self.model, self.params)
-        rate = COPY_RATE_GPU if self.model.offloaded else COPY_RATE_CPU
-        stream_seconds = self.n_ctx_seq * per_token / rate
-        return SwapChoice(mode, bytes_per_token=per_token, stream_seconds=stream_seconds)
+        on_gpu = bool(self.model.offloaded)
+        return SwapChoice.of_cells(mode, per_token, self.n_ctx_seq, on_gpu=on_gpu)

@@ -8,6 +8,8 @@ And what share of computing it again a copy of its stream of cells takes, on the
 Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
 is known of the device, and the sequence is computed again."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 from contextlib import suppress
@@ -18,6 +20,8 @@ Preemption = Literal["auto", "recompute", "swap"]
 
 NEW = 0.2
 COPY_RATE = 2e9  # bytes a second until it has been measured: pageable memory over PCIe 3
+# Bytes that a device copies in a second, each way: the least of what is sold today.
+COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
 
 
 class SwapChoice:
@@ -38,6 +42,14 @@ class SwapChoice:
         self.stream_seconds = stream_seconds
         self.copy_rate = COPY_RATE
         self.prefill_rate: float | None = None  # rows a second
+
+    @classmethod
+    def of_cells(
+        cls, mode: Preemption, n_bytes: float, n_cells_seq: int, *, on_gpu: bool
+    ) -> SwapChoice:
+        """Where a cell has so many bytes, and a stream so many cells."""
+        rate = COPY_RATE_GPU if on_gpu else COPY_RATE_CPU
+        return cls(mode, bytes_per_token=n_bytes, stream_seconds=n_cells_seq * n_bytes / rate)
 
     def swaps(self, n_tokens: int) -> bool:
         """Whether a sequence of `n_tokens` computed tokens is swapped rather than recomputed."""

@@ -134,6 +134,24 @@ def test_the_engine_is_the_live_one_of_these_options(
             assert bool(spec.cost.switch) == (engine.cost.switch is None and any(spec.new_graph))
 
 
+def test_the_preempted_are_swapped_by_a_profile_that_knows_a_cell(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    known = shipped_profile("x86-2-core-avx512-qwen2-0.5b-q4_k_m")
+    assert known.cell_bytes == 24 * 2 * 2 * 64 * 2  # layers, K and V, heads of 64, f16
+    trace = ["--trace", "closed:clients=4,n=12,prompt=300,output=300"]
+    found = []
+    for name, profile in (("knows", known), ("not", replace(known, cell_bytes=0.0))):
+        path = tmp_path / f"{name}.json"
+        profile.save(path)
+        words = ["-s", "4", "-c", "1200", "--kv-unified", "--no-prefix-cache", "--json"]
+        assert main(["simulate", "--profile", str(path), *trace, *words]) == 0
+        ((_, figures),) = json.loads(capsys.readouterr().out).items()
+        assert figures["preemptions"] > 0
+        found.append(figures["recomputed_rows"])
+    assert found[0] == 0 < found[1]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -30,6 +30,7 @@ from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, Sample, Shape, shipped_profile
 from pyllamabatch.cost.rig import Rig, Took
+from pyllamabatch.engine.native_context import NativeContext
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report import meters
 from pyllamabatch.report.disturbed import UNWATCHED
@@ -330,6 +331,8 @@ def test_command(
     assert path.parent == tmp_path / "profiles"
     assert len(Profile.load(path).samples) == said["samples"]
     assert Profile.load(path).n_ubatch == 64  # an engine's own
+    with Model(tiny_llama_path) as model, NativeContext(model, n_ctx=256) as context:
+        assert Profile.load(path).cell_bytes == context.swap_choice("auto").bytes_per_token > 0
     assert set(said["layouts"]) == {"unified", "streams"}
     # The other layout's steps stay, where the build is the same.
     before = Profile.load(path)
