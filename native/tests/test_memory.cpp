@@ -227,10 +227,10 @@ void chats(const llama_model * model, const std::string & name, const char * sou
     plb_chat_template_free(chat);
 }
 
-// A loop that does not name `loop` makes none: vendor/patches/jinja-work.patch.
+// What a template's names and loops take: vendor/patches/jinja-work.patch.
 void loops(const llama_model * model) {
-    const auto allocations = [&](const char * source) {
-        plb_chat_template * chat = plb_chat_template_new(model, source);
+    const auto allocations = [&](const std::string & source) {
+        plb_chat_template * chat = plb_chat_template_new(model, source.c_str());
         plb_chat_parser * parser = nullptr;
         const long before = n_allocations;
         plb_text_free(plb_chat_render(chat, CHAT_WITH_TOOLS, &parser));
@@ -242,6 +242,12 @@ void loops(const llama_model * model) {
     };
     const long named = allocations("{% for i in range(1000) %}{{ loop.last }}{% endfor %}");
     CHECK(2 * allocations("{% for i in range(1000) %}{{ i }}{% endfor %}") < named);
+    std::string others;
+    for (int i = 0; i < 100; ++i) {
+        others += "{% set a_name_too_long_to_lie_in_a_string_" + std::to_string(i) + " = 1 %}";
+    }
+    const std::string sets = "{% for i in range(1000) %}{% set a_name_too_long_to_lie_in_a_string = i %}{% endfor %}";
+    CHECK(allocations(others + sets) < 2 * allocations(sets));
 }
 
 } // namespace
