@@ -128,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
                 say(f"{name}: {server.url}, {what}")
 
         server = Server(app, listening, ready, service)
-        server.run_until_signal()
+        try:
+            server.run_until_signal()
+        finally:
+            gc.unfreeze()  # what cycles hold is freed, too: Metal aborts at exit over a model left
         if not args.quiet:
             say("pyllamabatch: drained", sys.stderr)
     return 0
