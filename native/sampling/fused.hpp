@@ -30,7 +30,7 @@ constexpr int32_t RADIX_MIN = 512;  // candidates for which a radix sort pays
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);
 bool has_penalties(const plb_sampling & params);
-int32_t n_looked_back(const plb_sampling & p, int32_t n_ctx); // tokens that the penalties see
+int32_t n_looked_back(const plb_sampling & p, int32_t n_seen); // of so many tokens those that the penalties see
 
 // The tokens that the penalties look back at, with their counts.
 class penalty_window {
@@ -69,8 +69,8 @@ struct fused_state {
     std::vector<patch> patches; // room for all changes of a row
 
     fused_state() = default;
-    // n_changes: biases and excluded tokens at most, penalties aside
-    fused_state(const plb_sampling & params, uint32_t seed, int32_t n_ctx, int32_t n_vocab,
+    // n_seen: tokens of prompt and answer at most; n_changes: biases and excluded tokens, penalties aside
+    fused_state(const plb_sampling & params, uint32_t seed, int32_t n_seen, int32_t n_vocab,
                 size_t n_changes);
 };
 

@@ -10,8 +10,8 @@ bool has_penalties(const plb_sampling & p) {
            (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0);
 }
 
-int32_t n_looked_back(const plb_sampling & p, int32_t n_ctx) {
-    return p.penalty_last_n < 0 ? n_ctx : std::min(p.penalty_last_n, n_ctx);
+int32_t n_looked_back(const plb_sampling & p, int32_t n_seen) {
+    return p.penalty_last_n < 0 ? n_seen : std::min(p.penalty_last_n, n_seen);
 }
 
 bool fused_supports(const plb_sampling & params) {
@@ -54,11 +54,11 @@ void penalty_window::add(llama_token token) {
     count(token, 1);
 }
 
-fused_state::fused_state(const plb_sampling & params, uint32_t seed, int32_t n_ctx,
+fused_state::fused_state(const plb_sampling & params, uint32_t seed, int32_t n_seen,
                          int32_t n_vocab, size_t n_changes)
     : random(seed) {
     if (has_penalties(params)) {
-        window = penalty_window(n_looked_back(params, n_ctx), n_vocab);
+        window = penalty_window(n_looked_back(params, n_seen), n_vocab);
     }
     patches.resize(n_changes + window.capacity());
 }

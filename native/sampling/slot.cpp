@@ -72,12 +72,12 @@ void add(llama_sampler * chain, llama_sampler * sampler) {
 
 // llama.cpp's default order. The logit bias, which comes first there, is added while the candidates
 // are filled in: the same sum, without a search.
-sampler_ptr make_chain(const plb_sampling & p, const vocabulary & words) {
+sampler_ptr make_chain(const plb_sampling & p, const vocabulary & words, int32_t n_seen) {
     llama_sampler_chain_params params = llama_sampler_chain_default_params();
     params.no_perf = true;
     sampler_ptr chain = checked(llama_sampler_chain_init(params));
     if (has_penalties(p)) {
-        add(chain.get(), llama_sampler_init_penalties(words.n_vocab, n_looked_back(p, words.n_ctx),
+        add(chain.get(), llama_sampler_init_penalties(words.n_vocab, n_looked_back(p, n_seen),
                                                       p.repeat_penalty, p.frequency_penalty,
                                                       p.presence_penalty));
     }
@@ -123,6 +123,8 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
         require(prompt[i] >= 0 && prompt[i] < words.n_vocab, "prompt token", prompt[i],
                 "a token of the vocabulary");
     }
+    // tokens that it can ever look back at
+    const auto n_seen = (int32_t) std::min<int64_t>(words.n_ctx, (int64_t) n_prompt + sampling.max_tokens);
     auto slot = std::make_unique<plb_slot>();
     slot->params = sampling;
     slot->vocab  = words.vocab;
@@ -134,11 +136,11 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     if (sampling.path != PLB_PATH_CHAIN && fused_supports(sampling)) {
         slot->path = PLB_PATH_FUSED;
         slot->seed = sampling.temperature == 0 ? LLAMA_DEFAULT_SEED : seed_of(sampling.seed);
-        slot->fused = fused_state(sampling, slot->seed, words.n_ctx, words.n_vocab,
+        slot->fused = fused_state(sampling, slot->seed, n_seen, words.n_vocab,
                                   slot->biases.size() + slot->stop_tokens.size() +
                                       words.suppressed.size() + words.eog.size());
     } else {
-        slot->chain = make_chain(sampling, words);
+        slot->chain = make_chain(sampling, words, n_seen);
         slot->seed  = llama_sampler_get_seed(slot->chain.get());
     }
     if (sampling.grammar != nullptr) {
@@ -155,7 +157,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     slot->params.grammar_start = nullptr;
     if (has_penalties(sampling)) {
         // what is further back than the penalties look has no effect
-        const int32_t last_n = n_looked_back(sampling, words.n_ctx);
+        const int32_t last_n = n_looked_back(sampling, n_seen);
         for (int32_t i = std::max(0, n_prompt - last_n); i < n_prompt; ++i) {
             if (slot->chain) {
                 llama_sampler_accept(slot->chain.get(), prompt[i]);

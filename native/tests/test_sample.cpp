@@ -137,6 +137,18 @@ void no_allocation(sampler_test & t) {
     }
 }
 
+// However many cells the context has.
+void penalties_look_back_at_what_there_is(sampler_test & t) {
+    plb_sampling p = plb_sampling_default();
+    p.repeat_penalty = 1.5f;
+    p.max_tokens     = 8;
+    const llama_token prompt[] = {1, 20, 40, 60};
+    for (const auto & [last_n, n] : {std::pair(-1, 12), {1000, 12}, {5, 5}}) {
+        p.penalty_last_n = last_n;
+        CHECK_EQ(plb::make_slot(t.words, p, 0, prompt, 4)->fused.window.capacity(), n);
+    }
+}
+
 } // namespace
 
 int main(int argc, char ** argv) {
@@ -146,5 +158,6 @@ int main(int argc, char ** argv) {
     log_probabilities(t);
     typical_with_excluded(t);
     no_allocation(t);
+    penalties_look_back_at_what_there_is(t);
     return 0;
 }
