@@ -144,9 +144,6 @@ class EngineCore:
     def call_for_token(self, act: Callable[[Call], None], call: Call) -> None:
         """`call`, which asks for a token. While no other thread leads, the caller does, until the
         call is finished. A signal's handler may raise then, behind the step."""
-        if threading.current_thread() is self.output_processor.thread:  # which a step may wait for
-            self.call(act, call, more=True)
-            return
         with self._signals as noted:
             if self.commands.ask_or_lead(partial(self._act, act, call)):
                 self._lead(lambda: call.pending and not noted)
@@ -266,7 +263,9 @@ class EngineCore:
     def may_wait(self) -> None:
         """UnsupportedOperation where the caller would wait for itself."""
         if self.is_own_thread():
-            why = "a callback can't wait for a stream: its thread brings what that waits for"
+            why = (
+                "a callback can't wait for a stream or sequence: its thread brings what that needs"
+            )
             raise UnsupportedOperation(why)
 
     @property

@@ -51,9 +51,9 @@ class Sequence:
     become one decode; long prompts are computed in chunks beside the others' tokens. Between two
     calls it keeps its cells, but when others wait for room it may be computed again.
 
-    Every method may be called from any thread. Two calls on the same sequence wait for each other,
-    except for `cancel`. Whatever a call raises, the sequence is as it was before the call, and
-    usable."""
+    Every method may be called from any thread, but in a callback of the engine only `cancel` and
+    `close`: UnsupportedOperation. Two calls on the same sequence wait for each other, except for
+    `cancel`. Whatever a call raises, the sequence is as it was before the call, and usable."""
 
     def __init__(
         self, sink: InteractiveSink, core: EngineCore, inputs: InputProcessor, engine: object
@@ -238,6 +238,9 @@ class Sequence:
             if self._closed:
                 return
             self._closed = True
+            if self._core.is_own_thread():
+                self._finalizer()  # which waits for nothing
+                return
             self._finalizer.detach()
             with suppress(ClosedError):  # the engine has done it
                 self._call(self._sink.close_for, self._core.call_without_cells)
@@ -307,6 +310,7 @@ class Sequence:
         ask: Callable[[Callable[[Call], None], Call], None] | None = None,
     ) -> Any:
         """`ask`: default `EngineCore.call`."""
+        self._core.may_wait()
         call = Call()
         try:
             (ask or self._core.call)(act, call)

@@ -176,7 +176,7 @@ class Stream:
         of the engine."""
         self._check_process()
         with self._lock:
-            if timeout is None and self._host is not None:
+            if (timeout is None or timeout > 0) and self._host is not None:
                 self._host.may_wait()
             seconds = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
             if not self._end.wait_for(lambda: self._result is not None, seconds):
@@ -202,7 +202,7 @@ class Stream:
     def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
         """`callback(stream)` is called once, when the request has ended: by the engine's output
         thread, so it must be quick, or at once when it has ended already. It may submit, which
-        raises QueueFull where there is no room, and may not wait for another stream."""
+        raises QueueFull where there is no room, and may not wait for another stream or sequence."""
         self._check_process()
         with self._lock:
             if self._result is None:

@@ -287,8 +287,9 @@ def test_a_trace_of_less_than_no_step_is_refused(shared: Engine) -> None:
         lambda stream: stream.result(),
         lambda stream: list(stream),
         lambda stream: stream.wait_for_tokens(2),
+        lambda stream: stream.wait(1000),
     ],
-    ids=["result", "iter", "tokens"],
+    ids=["result", "iter", "tokens", "timeout"],
 )
 def test_a_done_callback_that_waits_for_another_stream_is_told_that_it_can_not(
     model: Model, wait: Callable[[Stream], object]

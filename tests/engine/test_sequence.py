@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.sequence import Sequence
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import (
     ArgumentError,
     Cancelled,
@@ -27,6 +28,7 @@ from pyllamabatch.errors import (
     RequestTooLong,
     SamplingError,
     StateError,
+    UnsupportedOperation,
 )
 from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.model import Model
@@ -206,6 +208,32 @@ def test_a_prompt_that_was_refused_moves_no_seed(model: Model) -> None:
         engine.resume()
         two.prompt(PROMPT)
         assert drive(one, 8) == drive(two, 8)
+
+
+@pytest.mark.parametrize("listen", [Stream.add_done_callback, Stream.on_prompt])
+def test_a_callback_may_close_a_sequence_and_not_wait_for_it(
+    model: Model, listen: Callable[[Stream, Callable[[object], None]], None]
+) -> None:
+    told: list[str] = []
+    with engine_on(model) as engine:
+        seq = engine.sequence(GREEDY)
+        seq.prompt(PROMPT)
+
+        def called(_: object) -> None:
+            if not seq.closed:
+                for ask in (seq.sample, lambda: seq.prompt([50]), seq.snapshot):
+                    with pytest.raises(UnsupportedOperation) as refused:
+                        ask()
+                    told.append(str(refused.value))
+                seq.close()
+
+        with engine._core.state:  # it does not end before it has a callback
+            stream = engine.submit(PROMPT, greedy())
+            listen(stream, called)
+        assert stream.result(60).finish_reason == "length"
+        until(lambda: seq.closed)
+    assert len(told) == 3
+    assert "a callback can't wait" in told[0]
 
 
 @pytest.mark.parametrize("kv_unified", [False, True])
