@@ -22,7 +22,8 @@ class StepRecorder:
         self.trace = StepTrace(n_steps, n_seq_max)
         self._n = 0
         self._end = 0.0
-        self._page = StepTable(0)
+        self._page = StepTable(_PAGE)
+        self.trace.add_steps(self._page)
 
     def placed(self, step: Step) -> None:
         """Requests that have left their slots, and those that have got one."""

@@ -51,6 +51,14 @@ def test_the_trace_agrees_with_the_counters(unified: bool, speculate: bool) -> N
     assert simulate(requests, spec, policy).traces == ()
 
 
+def test_a_replica_without_a_step_has_a_trace_without_one() -> None:
+    run = simulate([one(1, 0.0, 10, 5)], machine(), n_replicas=2, n_trace=100)
+    assert [len(trace) for trace in run.traces] == [5, 0]
+    run = simulate([one(1, 0.0, 5000, 5)], machine(), n_trace=100)
+    assert [o.rejected for o in run.outcomes] == [True]
+    assert [len(trace) for trace in run.traces] == [0]
+
+
 def test_the_last_steps() -> None:
     run = simulate([one(1, 0.0, 10, 5000)], machine(n_cells=8192), n_trace=100)
     (trace,) = run.traces
