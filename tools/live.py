@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pyllamabatch.cost import where
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.options import Options
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.sim import EngineSpec, Outcome, TraceRequest
 from pyllamabatch.sim.replica import with_switch
@@ -77,7 +78,7 @@ def run_live(engine: Engine, requests: Iterable[TraceRequest]) -> list[Outcome]:
                     max_tokens=request.n_output, ignore_eog=True, seed=request.id
                 )
                 came = perf_counter() - start
-                stream = engine.submit(prompt, params)
+                stream = engine.submit(prompt, params, **_options(request))
                 running[stream] = request, came
                 stream.add_done_callback(ended.put)
                 continue
@@ -90,10 +91,11 @@ def run_live(engine: Engine, requests: Iterable[TraceRequest]) -> list[Outcome]:
                 raise result.error
             request, came = running.pop(stream)
             answers[request.answer] = np.array(result.tokens, dtype=np.int32)
-            outcome = Outcome(request.id, came, request.n_prompt, request.n_output, request.tenant)
-            assert result.ttft_s is not None
-            outcome.admitted, outcome.first = came, came + result.ttft_s
+            n_output = result.n_generated
+            outcome = Outcome(request.id, came, request.n_prompt, n_output, request.tenant)
+            outcome.admitted, outcome.first = came, came + (result.ttft_s or 0.0)
             outcome.end = came + result.e2el_s
+            outcome.deadline = result.finish_reason == "deadline"
             outcomes.append(outcome)
             for later in after[request.id]:
                 heappush(due, (outcome.end + later.arrival, later.id, later))
@@ -101,6 +103,17 @@ def run_live(engine: Engine, requests: Iterable[TraceRequest]) -> list[Outcome]:
         for stream in running:
             stream.cancel()
     return sorted(outcomes, key=lambda outcome: outcome.id)
+
+
+def _options(request: TraceRequest) -> Options:
+    found: Options = {"priority": request.priority, "tenant": request.tenant}
+    if request.deadline is not None:
+        found["timeout"] = request.deadline
+    if request.ttft_target is not None:
+        found["ttft_target"] = request.ttft_target
+    if request.itl_target is not None:
+        found["itl_target"] = request.itl_target
+    return found
 
 
 def _prompt(

@@ -12,7 +12,7 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample
 from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.scheduler import make_policy
+from pyllamabatch.scheduler import Plan, SequenceView, StepView, fcfs, make_policy
 from pyllamabatch.sim import EngineSpec, at_load, draw, load_trace, simulate, summarise
 from tests.support.made_up_costs import Linear
 from tools.live import run_live, spec_of
@@ -102,6 +102,26 @@ def test_a_trace_in_real_time(embedded_model: Model) -> None:
             assert outcome.arrival >= ends[request.after]
     assert summarise(outcomes, [], {})["requests"] == 9
     assert simulate(requests, machine).summary()["requests"] == 9
+
+
+def test_a_live_request_has_what_the_trace_says_of_it(embedded_model: Model) -> None:
+    """The second one has no slot before its deadline, which comes at once."""
+    first, second = draw("poisson:rate=1,n=2,prompt=20,output=5", 0)
+    more: dict[str, Any] = {"arrival": 0.0, "tenant": "red", "ttft_target": 0.5, "itl_target": 0.1}
+    requests = [replace(first, priority=1, **more), replace(second, deadline=0.0, **more)]
+    seen: dict[int, SequenceView] = {}
+
+    class Looking:
+        def plan(self, view: StepView) -> Plan:
+            seen.update({seq.priority: seq for seq in view.running})
+            return fcfs().plan(view)
+
+    with engine_on(embedded_model, n_seq_max=1, policy=Looking(), speculate=None) as engine:
+        done, late = run_live(engine, requests)
+    assert (done.n_output, done.deadline, done.tenant) == (5, False, "red")
+    assert (late.n_output, late.ttft, late.deadline) == (0, None, True)
+    one = seen[1]
+    assert (one.tenant, one.ttft_target, one.itl_target) == ("red", 0.5, 0.1)
 
 
 def test_a_validation(embedded_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
