@@ -196,7 +196,9 @@ bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
     std::fill(next_of_.begin(), next_of_.end(), -1);
     std::fill(last_of_.begin(), last_of_.end(), -1);
     rows.assign((size_t) batch.n_tokens, {});
-    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+    const auto is_output = [](int8_t output) { return output != 0; };
+    auto n_left = std::count_if(batch.logits, batch.logits + batch.n_tokens, is_output);
+    for (int32_t i = 0; n_left > 0 && i < batch.n_tokens; ++i) { // libllama waits for the device at each look
         const uint32_t n = batch.logits[i] ? llama_get_sampled_logits_count_ith(ctx_, i) : 0;
         if (n == 0) {
             continue;
@@ -208,6 +210,7 @@ bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
             return false;
         }
         rows[(size_t) i] = {logits, ids};
+        n_left -= (ptrdiff_t) graph->second.size();
         for (size_t row = 1; row < graph->second.size(); ++row) {
             const llama_seq_id of = graph->second[row];
             if (of < 0 || of >= shared_.n_seq_max) {
