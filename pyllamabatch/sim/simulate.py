@@ -83,6 +83,8 @@ def simulate(
             heapq.heappush(arrivals, (request.arrival, next(count), request))
         else:
             followers.setdefault(request.after, []).append(request)
+    for unknown in followers.keys() - ids:
+        raise ArgumentError("after", unknown, "the id of another request")
     replicas = [SimulatedReplica(spec, make(), ended, i, n_trace) for i in range(n_replicas)]
     n_waits = 0  # of policies, since something happened
     due = [inf] * n_replicas  # when each replica has its next step

@@ -15,6 +15,12 @@ from pyllamabatch.errors import ArgumentError, integer, number
 Piece = tuple[int, int]
 LONGEST = 2**30  # tokens of a prompt, or of an output
 LATEST = 1e12  # seconds
+_INTEGERS = {
+    "id": (0, 2**62),
+    "n_prompt": (1, LONGEST),
+    "n_output": (1, LONGEST),
+    "max_tokens": (0, LONGEST),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,11 @@ class TraceRequest:
     acceptance: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_prompt", "n_output"):
-            integer(name, getattr(self, name), 1, LONGEST)
+        for name, (low, high) in _INTEGERS.items():  # NumPy's become Python's, as JSON needs them
+            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
         if sum([n for _, n in self.content]) != self.n_prompt:
             raise ArgumentError("content", self.content, f"must have {self.n_prompt} tokens in all")
-        if self.max_tokens and not self.max_tokens >= self.n_output:
+        if 0 < self.max_tokens < self.n_output:
             raise ArgumentError("max_tokens", self.max_tokens, f"0, or {self.n_output} at least")
         number("arrival", self.arrival, 0, LATEST)
         for name in ("deadline", "ttft_target", "itl_target"):

@@ -5,10 +5,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyllamabatch.errors import UnsupportedOperation
-from pyllamabatch.sim import draw, report, simulate
+from pyllamabatch.sim import TraceRequest, draw, report, simulate
 from tests.sim.test_simulate import machine
 
 REQUESTS = draw("poisson:rate=9,n=60,prompt=20-80,output=1-30", 0)
@@ -66,6 +67,18 @@ def test_jsonl_has_every_request() -> None:
     }
     summaries = {line["policy"]: line for line in lines if line["kind"] == "summary"}
     assert summaries["fcfs"]["ttft_p99"] == SUMMARIES["fcfs"]["ttft_p99"]
+
+
+def test_requests_of_arrays() -> None:
+    """What NumPy and pandas give is none of JSON's numbers."""
+    columns: list[Any] = [np.arange(3), np.array([5, 9, 7]), np.array([0.0, 0.5, 1.5])]
+    requests = [
+        TraceRequest(id, time, n, n, ((2 * id, n),), 2 * id + 1)
+        for id, n, time in zip(*columns, strict=True)
+    ]
+    run = simulate(requests, machine(), "fcfs")
+    *_, last = report.jsonl([run], {run.policy: run.summary()}, {})
+    assert [json.loads(last)[name] for name in ("id", "n_prompt", "n_output")] == [2, 7, 7]
 
 
 def test_a_page_needs_nothing_else_and_is_the_same_every_time() -> None:

@@ -604,7 +604,8 @@ class Bad:
         ([], {"n_trace": -1}, ArgumentError, "n_trace"),
         ([], {"router": "random"}, ArgumentError, "router"),
         ([], {"policy": "none"}, ArgumentError, "policy"),
-        ([one(1, 0, 5, 5), one(2, 0, 5, 5, after=9)], {}, SimulationStuck, "1 request"),
+        ([one(1, 0, 5, 5), one(2, 0, 5, 5, after=9)], {}, ArgumentError, "after=9"),
+        ([one(1, 0, 5, 5, after=1)], {}, SimulationStuck, "1 request"),
     ],
 )
 def test_a_bad_plan_and_bad_arguments(

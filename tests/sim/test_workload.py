@@ -84,7 +84,8 @@ def test_what_is_wrong_is_said(spec: str, says: str) -> None:
     [
         {"arrival": float("nan")}, {"arrival": float("inf")}, {"arrival": -1.0}, {"n_prompt": 0},
         {"n_output": 0}, {"n_prompt": 5.0}, {"content": ((0, 20),)}, {"max_tokens": 4},
-        {"deadline": -1.0}, {"itl_target": float("nan")}, {"acceptance": 2.0},
+        {"id": -1}, {"id": "a"}, {"max_tokens": -1}, {"deadline": -1.0},
+        {"itl_target": float("nan")}, {"acceptance": 2.0},
     ],
 )  # fmt: skip
 def test_what_is_no_request(wrong: dict[str, Any]) -> None:
