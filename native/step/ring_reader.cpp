@@ -2,6 +2,7 @@
 #include "step/engine.hpp"
 
 #include <cstring>
+#include <ctime>
 
 using namespace plb;
 
@@ -106,6 +107,10 @@ int64_t plb_ring_count(plb_engine * engine) {
 }
 
 int64_t plb_now_ns(void) {
+#ifdef __APPLE__ // where libc++'s steady_clock goes on while the Mac sleeps, and Python's perf_counter does not
+    return (int64_t) clock_gettime_nsec_np(CLOCK_UPTIME_RAW);
+#else
     using namespace std::chrono;
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+#endif
 }

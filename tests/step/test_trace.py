@@ -13,7 +13,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
-from pyllamabatch.step.ring_reader import PHASES, StepTable
+from pyllamabatch.step.ring_reader import CLOCK_OFFSET, PHASES, StepTable
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import STEP_DTYPE
 from pyllamabatch.step.trace import Prompt, StepTrace, Trace, to_chrome
@@ -278,3 +278,9 @@ def test_an_empty_trace_is_a_file_too(model: Model, tmp_path: Path) -> None:
         to_chrome(engine.trace(), tmp_path / "empty.json")
     events = json.loads((tmp_path / "empty.json").read_text())["traceEvents"]
     assert {event["ph"] for event in events} == {"M"}
+
+
+def test_steps_are_timed_by_the_clock_that_requests_have() -> None:
+    """Also on a Mac that has slept since it was started: else first tokens of all that come after
+    were that much later than their requests."""
+    assert abs(CLOCK_OFFSET) < 0.1
