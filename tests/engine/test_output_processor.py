@@ -175,7 +175,7 @@ def test_a_stream_whose_end_fails_ends_with_the_others() -> None:
         stream._pieces_of = pieces_of
     rig.core.start()
     for stream in streams:
-        assert isinstance(stream.wait(10).error, MemoryError)
+        assert isinstance(stream.wait(60).error, MemoryError)
     rig.core.close(wait=True, timeout=10)
     assert rig.core.commands.all_ended
 
