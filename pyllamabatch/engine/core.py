@@ -86,7 +86,7 @@ class EngineCore:
         self._lone = LoneDecode(scheduler, stepper, self._observe, self.trace, device.threads)
         self._stepper = stepper
         self._device = device
-        self._n_taken = 0  # of the requests submitted
+        self.n_taken = 0  # of the requests submitted; with `state` held
         self._shrunk = False  # the context, until the next request
         self._step_s = 0.0  # the last step's time
         self._led_until = perf_counter_ns()
@@ -197,7 +197,7 @@ class EngineCore:
     def shrink(self) -> None:
         """A command: where no request is open, give up the memory of cells, also of cached ones,
         until one comes."""
-        if self._shrunk or self.table.requests or self.n_untaken:
+        if self._shrunk or self.table.requests or self.commands.n_submitted > self.n_taken:
             return
         if self._device.states.shrink():
             self._shrunk = True
@@ -267,11 +267,6 @@ class EngineCore:
                 "a callback can't wait for a stream or sequence: its thread brings what that needs"
             )
             raise UnsupportedOperation(why)
-
-    @property
-    def n_untaken(self) -> int:
-        """Requests whose command was not taken yet. With `state` held."""
-        return self.commands.n_submitted - self._n_taken
 
     # -- a step
 
@@ -475,7 +470,7 @@ class EngineCore:
 
     def _add(self, sinks: Sequence[StreamSink]) -> None:
         for sink in sinks:
-            self._n_taken += 1
+            self.n_taken += 1
             self.table.add(sink.request)
         if (problem := self._grow()) is not None:
             for sink in sinks:
@@ -507,6 +502,7 @@ class EngineCore:
             lines = error.__traceback__ if isinstance(error, Exception) else None
             for request in list(self.table.requests.values()):
                 request.sink.abandon(self._cause(), lines)
+            self.table.at[:] = [None] * len(self.table.at)
 
     def _cause(self) -> Exception:
         """What requests end with that the engine leaves behind."""

@@ -116,14 +116,17 @@ def stats_of(core: EngineCore) -> EngineStats:
         core.settle()
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
         counters, interactive = scheduler.counters, core.table.interactive
-        waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken
+        submitted, waiting = core.commands.n_submitted, 0
+        if core.commands.error is None:  # else those that it knows were given up
+            waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive))
+            waiting += submitted - core.n_taken
         n, n_rows = core.calls.progress()
-        running = core.commands.n_submitted - waiting - sum(finished.values())
+        running = submitted - waiting - sum(finished.values())
         fill = counters.fill.copy()
         if n:
             fill[n_rows] = fill.get(n_rows, 0) + n
         return EngineStats(
-            submitted=core.commands.n_submitted,
+            submitted=submitted,
             waiting=waiting,
             running=running,
             finished=finished,

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.engine.stats import slots_of, stats_of
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import (
     ContextCreateError,
@@ -155,6 +156,9 @@ def test_the_thread_never_dies_silently(
     rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
     assert rig.finished == {"error": 6}
+    stats = stats_of(rig.core)
+    assert (stats.submitted, stats.waiting, stats.running) == (6, 0, 0)
+    assert not any(state.request for state in slots_of(rig.core))
     with pytest.raises(EngineClosed, match=r"its thread ended with") as closed:
         rig.submit(prompts(1)[0], greedy(10))
     assert closed.value.__cause__ is rig.core.commands.error
