@@ -33,8 +33,8 @@ def describe(engine: Engine) -> str:
 def spec_of(
     engine: Engine, overhead: float, latency: float = 0.0, cost: CostModel | None = None
 ) -> EngineSpec:
-    """The simulated twin of this engine. cost: by default a copy of the engine's own as it is
-    now."""
+    """The simulated twin of this engine as it is laid out now: its streams become no pool. cost: by
+    default a copy of the engine's own as it is now."""
     scheduler = engine._core.scheduler
     cache = scheduler.admission.cache
     chosen = copy.deepcopy(engine.cost) if cost is None else cost

@@ -114,7 +114,7 @@ class MachineContext:
         """It computes nothing."""
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
-        """How large a state would be is not known."""
+        """Nothing is in a state here: a copy of one takes no time, which would be the cheaper."""
         return SwapChoice("swap" if mode == "swap" else "recompute")
 
     def find_invariance(
