@@ -290,7 +290,7 @@ class SimulatedReplica:
             drafted = drafted_of(step, call.steps, n, luck, limits, n_slots)
             with_drafts = call.steps.rows[:n][call.steps.n_drafted[:n].any(1)]
             self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
-        self.scheduler.advance(step, n, None if call.steps is None else end, drafted)
+        self.scheduler.advance(step, n, end, drafted)
         if drafting is not None:
             drafting.turned(self.spec.overhead, prompts=bool(step.chunks))
         done: list[int] = []
