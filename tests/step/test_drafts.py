@@ -226,6 +226,27 @@ def test_rows_are_filled_up_where_all_need_the_same_number(model: Model) -> None
                 assert tokens_of(again, 2) == expected[2][4:9]
 
 
+def test_a_sequence_that_is_full_keeps_no_others_from_drafts(model: Model) -> None:
+    """One that waits as a cached prefix, in the midst of slots that have a row each."""
+    with (
+        context_of(model, kv_unified=False, n_seq_max=3, n_ctx=3 * 256) as context,
+        Stepper(context, n_draft_max=N_DRAFT, gap_max=16) as stepper,
+    ):
+        expected = answers(stepper, [greedy(50)] * 3, 12)
+        start(stepper, [greedy(50)] * 3)
+        for at in range(len(PROMPTS[1]), 256):
+            write(stepper, [20], seq=1, pos=at)
+            stepper.rows.flags[0] = 0
+            stepper.step(1).raise_for_code()
+        for seq in (0, 2):
+            draft(stepper, seq, expected[seq][:3])
+        stepper._run_native(0, np.array([0, 2], np.int32), 1, 3)
+        info = stepper._info
+        assert (info.n_drafted, info.n_accepted, info.n_filled) == (6, 6, 0)
+        again = stepper.run([0, 2], 5)
+        assert [tokens_of(again, seq) for seq in (0, 2)] == [expected[seq][4:9] for seq in (0, 2)]
+
+
 def test_a_step_has_the_rows_of_the_one_before_where_a_new_graph_is_dear(stepper: Stepper) -> None:
     """Those behind the drafts fill up, and are gone when it is done."""
     each = [greedy(50)] * 2
