@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -109,7 +109,7 @@ class Sequence:
         RequestTooLong when it can never fit, Cancelled, EngineDraining, EngineClosed, and
         DecodeError when llama_decode fails."""
         now = perf_counter()
-        with self._lock:
+        with self._turn():
             self._check_open()
             special = self.position == 0 if add_special is None else add_special
             with self._core.commands.keep_alive():
@@ -128,7 +128,7 @@ class Sequence:
         Raises ArgumentError when nothing is known yet, RequestTooLong when there is no cell for
         another token, SamplingError when no token can be chosen, Cancelled, EngineDraining,
         EngineClosed, and DecodeError when llama_decode fails."""
-        with self._lock:
+        with self._turn():
             sink, sampled = self._sink, None
             if not (self._closed or sink.spent):
                 sampled = self._core.next_token(sink)
@@ -147,7 +147,7 @@ class Sequence:
         as behind a prompt. Where the memory can't remove a part (recurrent states, sliding
         windows), the sequence is computed again. Raises ArgumentError for more tokens than there
         are."""
-        with self._lock:
+        with self._turn():
             self._check_open()
             if integer("n", n, 0, self.position) == self.position:
                 return
@@ -159,7 +159,7 @@ class Sequence:
     def fork(self, params: SamplingParams | None = None) -> Sequence:
         """Another sequence that knows the same tokens, and shares its cells where the memory can.
         `params`: default this one's, with random draws of its own. Raises as `prompt` does."""
-        with self._lock:
+        with self._turn():
             self._check_open()
             if params is None:
                 params = replace(self.params, seed=None)
@@ -181,7 +181,7 @@ class Sequence:
         """It as bytes: cells, tokens, and where its sampling is, for `restore` in any engine of the
         same model. Raises ArgumentError for less than two tokens, StateError, UnsupportedOperation
         (see `pyllamabatch.engine.snapshot`), and what `prompt` raises."""
-        with self._lock:
+        with self._turn():
             self._check_open()
             if self.position < 2:
                 raise ArgumentError("position", self.position, "a snapshot has two tokens or more")
@@ -198,7 +198,7 @@ class Sequence:
         StateError when the data are damaged, of another model, or computed with other adapters than
         this sequence has; RequestTooLong."""
         request, inputs = self._request, self._inputs
-        with self._lock:
+        with self._turn():
             self._check_open()
             with self._core.commands.keep_alive():
                 saved = read(inputs.model, data)
@@ -234,16 +234,22 @@ class Sequence:
         """Give its cells back. A call that another thread is in is cancelled. Closing twice is
         fine, also after the engine."""
         self.cancel()
-        with self._lock:
+        callback = self._core.is_own_thread()
+        if not self._lock.acquire(blocking=not callback):  # for a call that needs this thread
+            threading.Thread(target=self.close, daemon=True).start()
+            return
+        try:
             if self._closed:
                 return
             self._closed = True
-            if self._core.is_own_thread():
+            if callback:
                 self._finalizer()  # which waits for nothing
                 return
             self._finalizer.detach()
             with suppress(ClosedError):  # the engine has done it
                 self._call(self._sink.close_for, self._core.call_without_cells)
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Sequence:
         return self
@@ -256,6 +262,11 @@ class Sequence:
         return f"<Sequence {self._request.id}: {state}>"
 
     # -- inside
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Held during a call. UnsupportedOperation in a callback, whose thread other calls need."""
+        self._core.may_wait()
+        return self._lock
 
     def _check_open(self) -> None:
         if self._closed:
@@ -310,7 +321,6 @@ class Sequence:
         ask: Callable[[Callable[[Call], None], Call], None] | None = None,
     ) -> Any:
         """`ask`: default `EngineCore.call`."""
-        self._core.may_wait()
         call = Call()
         try:
             (ask or self._core.call)(act, call)

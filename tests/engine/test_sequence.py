@@ -236,6 +236,48 @@ def test_a_callback_may_close_a_sequence_and_not_wait_for_it(
     assert "a callback can't wait" in told[0]
 
 
+def test_a_prompt_callback_may_close_a_sequence_that_another_thread_is_in(model: Model) -> None:
+    with engine_on(model) as engine:
+        seq = engine.sequence(GREEDY)
+        seq.prompt(PROMPT)
+        told: list[str] = []
+
+        def called(_: object) -> None:
+            with pytest.raises(UnsupportedOperation) as refused:
+                seq.prompt([50])
+            told.append(str(refused.value))
+            seq.close()
+
+        with seq._lock:  # as in a call
+            with engine._core.state:
+                stream = engine.submit(PROMPT, greedy())
+                stream.on_prompt(called)
+            assert stream.result(60).finish_reason == "length"
+        until(lambda: engine.stats().sequences == 0)
+        assert seq.closed
+    assert "a callback can't wait" in told[0]
+
+
+def test_a_callback_samples_no_sequence_that_runs_alone(model: Model) -> None:
+    alone, told = threading.Event(), threading.Event()
+
+    def called(_: object) -> None:
+        assert alone.wait(60)
+        with pytest.raises(UnsupportedOperation):
+            seq.sample()
+        told.set()
+
+    with engine_on(model) as engine, engine.sequence(GREEDY) as seq:
+        seq.prompt(PROMPT)
+        with engine._core.state:
+            stream = engine.submit(PROMPT, greedy())
+            stream.add_done_callback(called)
+        stream.result(60)
+        drive(seq, 4)
+        alone.set()
+        assert told.wait(60)
+
+
 @pytest.mark.parametrize("kv_unified", [False, True])
 def test_behind_a_prompt_that_was_cancelled_sampling_goes_on(
     model: Model, kv_unified: bool
