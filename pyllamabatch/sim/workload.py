@@ -58,7 +58,7 @@ class TraceRequest:
             raise ArgumentError("content", self.content, f"must have {self.n_prompt} tokens in all")
         if 0 < self.max_tokens < self.n_output:
             raise ArgumentError("max_tokens", self.max_tokens, f"0, or {self.n_output} at least")
-        number("arrival", self.arrival, 0, LATEST)
+        object.__setattr__(self, "arrival", number("arrival", self.arrival, 0, LATEST))
         for name in ("deadline", "ttft_target", "itl_target"):
             if (seconds := getattr(self, name)) is not None:
                 number(name, seconds, 0)

@@ -71,7 +71,7 @@ def test_jsonl_has_every_request() -> None:
 
 def test_requests_of_arrays() -> None:
     """What NumPy and pandas give is none of JSON's numbers."""
-    columns: list[Any] = [np.arange(3), np.array([5, 9, 7]), np.array([0.0, 0.5, 1.5])]
+    columns: list[Any] = [np.arange(3), np.array([5, 9, 7]), np.array([0, 0.5, 1.5], np.float32)]
     requests = [
         TraceRequest(id, time, n, n, ((2 * id, n),), 2 * id + 1)
         for id, n, time in zip(*columns, strict=True)
