@@ -119,12 +119,12 @@ def _options(request: TraceRequest) -> Options:
 def _prompt(
     request: TraceRequest, answers: dict[int, npt.NDArray[np.int32]], n_vocab: int
 ) -> npt.NDArray[np.int32]:
-    """Of the answers so far, and of random tokens, the same ones for the same piece."""
-    return np.concatenate(
-        [
-            answers[piece][:n]
-            if piece in answers
-            else np.random.default_rng(piece).integers(0, n_vocab, n, dtype=np.int32)
-            for piece, n in request.content
-        ]
-    )
+    """Of the answers so far, and of random tokens, the same ones for the same piece; also in place
+    of those that an answer has not got by its deadline."""
+    pieces = []
+    for piece, n in request.content:
+        tokens = np.random.default_rng(piece).integers(0, n_vocab, n, dtype=np.int32)
+        answer = answers.get(piece, tokens)[:n]
+        tokens[: len(answer)] = answer
+        pieces.append(tokens)
+    return np.concatenate(pieces)

@@ -105,10 +105,14 @@ def test_a_trace_in_real_time(embedded_model: Model) -> None:
 
 
 def test_a_live_request_has_what_the_trace_says_of_it(embedded_model: Model) -> None:
-    """The second one has no slot before its deadline, which comes at once."""
+    """The second one has no slot before its deadline, which comes at once, and the third one begins
+    with the answer that it has not got."""
     first, second = draw("poisson:rate=1,n=2,prompt=20,output=5", 0)
     more: dict[str, Any] = {"arrival": 0.0, "tenant": "red", "ttft_target": 0.5, "itl_target": 0.1}
-    requests = [replace(first, priority=1, **more), replace(second, deadline=0.0, **more)]
+    third = replace(
+        second, id=9, arrival=0.0, n_prompt=5, content=((second.answer, 5),), after=second.id
+    )
+    requests = [replace(first, priority=1, **more), replace(second, deadline=0.0, **more), third]
     seen: dict[int, SequenceView] = {}
 
     class Looking:
@@ -117,9 +121,10 @@ def test_a_live_request_has_what_the_trace_says_of_it(embedded_model: Model) -> 
             return fcfs().plan(view)
 
     with engine_on(embedded_model, n_seq_max=1, policy=Looking(), speculate=None) as engine:
-        done, late = run_live(engine, requests)
+        done, late, after = run_live(engine, requests)
     assert (done.n_output, done.deadline, done.tenant) == (5, False, "red")
     assert (late.n_output, late.ttft, late.deadline) == (0, None, True)
+    assert (after.n_prompt, after.n_output) == (5, 5)
     one = seen[1]
     assert (one.tenant, one.ttft_target, one.itl_target) == ("red", 0.5, 0.1)
 
