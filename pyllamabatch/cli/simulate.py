@@ -28,7 +28,7 @@ from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.engine.context_defaults import ubatch
 from pyllamabatch.engine.on_machine import lay_out_on
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.kv import SwapChoice
+from pyllamabatch.kv import Preemption, SwapChoice
 from pyllamabatch.report.plots import styled
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
@@ -160,9 +160,10 @@ def run(args: argparse.Namespace) -> int:
             batch_invariant=args.batch_invariant, speculate=speculate,
         )  # fmt: skip
         spec = replace(spec, latency=args.latency)
-        if profile.cell_bytes and not args.batch_invariant:
+        if profile.cell_bytes:
             cells = spec.limits.n_cells_seq
-            swap = SwapChoice.of_cells("auto", profile.cell_bytes, cells, on_gpu=on_gpu)
+            mode: Preemption = "swap" if args.batch_invariant else "auto"
+            swap = SwapChoice.of_cells(mode, profile.cell_bytes, cells, on_gpu=on_gpu)
             spec = replace(spec, swap=swap)
         return spec
 

@@ -129,6 +129,8 @@ def test_the_engine_is_the_live_one_of_these_options(
         assert (spec.pool and spec.pool.limits) == (pool and pool.limits)
         assert replace(spec.sharing, tries=cache.sharing.tries) == cache.sharing
         assert spec.retain == cache.retain
+        assert spec.swap.bytes_per_token == shipped_profile(profile).cell_bytes
+        assert (spec.swap.mode == "swap") == ("batch_invariant" in words)
         assert engine.cost is not None
         if "nvidia" not in profile:  # which samples on the device, as no profile machine does
             assert bool(spec.cost.switch) == (engine.cost.switch is None and any(spec.new_graph))
