@@ -213,7 +213,7 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) 
         }
         for (llama_seq_id seq = 0; seq < n_pad; ++seq) { // rows that fill up need positions, too
             const int32_t left = n_pos - 1 - llama_memory_seq_pos_max(llama_get_memory(engine.ctx), seq);
-            n = left > 0 ? std::min(n, left - 1) : n; // in one that is full there are none
+            n = left > 1 ? std::min(n, left - 1) : n; // one without room holds none back
         }
         while (n > 0 && prices_.there() && !prices_.allows(wide * (n + 1))) {
             --n;
