@@ -51,7 +51,7 @@ def chip_of(description: str) -> Chip | None:
     """Of ggml's "Apple M2 Ultra", of a later one as of its kind's newest here; None for what is no
     chip of a Mac."""
     found = re.search(r"\bApple (M\d+)((?: (?:Pro|Max|Ultra))?)\b", description)
-    return CHIPS.get(found[0].removeprefix("Apple "), CHIPS[_NEWEST + found[2]]) if found else None
+    return CHIPS.get(found[1] + found[2], CHIPS[_NEWEST + found[2]]) if found else None
 
 
 def has_tensor_units(description: str) -> bool:

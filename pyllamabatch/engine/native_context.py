@@ -109,9 +109,9 @@ class NativeContext(Context):
 
     def _has_cells_in_host_memory(self) -> bool:
         """A Mac's GPU has no other, though its buffers are no host's to ggml."""
-        backends = {device.name: device.backend for device in runtime.devices().values()}
+        devices = runtime.devices()
         held = [part for part in memory_parts(self) if part.context]
-        return all(part.host or backends[part.device] == "MTL" for part in held)
+        return all(part.host or devices[part.device].on_mac for part in held)
 
     def find_invariance(
         self, n_seq_max: int, *, nearly: bool = False, drafts: bool = False

@@ -94,8 +94,8 @@ def _check_fits(model: Model, params: Any, n_ctx: int, n_ubatch: int) -> None:
         n_layers = 1 if mtp else _layers(model)
         cell = _CELL_BYTES + n_layers * _cell_bytes_of_layer(model, params) + 2 * n_ubatch
         needed += n_ctx * cell
-    own = (device.free for device in model.devices() if device.backend != "MTL")
-    available = host_available() + sum(own)  # a Mac's GPU has the host's memory
+    own = (device.free for device in model.devices() if not device.on_mac)
+    available = host_available() + sum(own)
     if needed > available:
         advice = f"lower n_ctx ({n_ctx}), n_ubatch ({n_ubatch}) or n_batch"
         raise NotEnoughMemory(needed, available, advice)

@@ -59,6 +59,11 @@ class BackendDevice(NamedTuple):
     free: int  # bytes
     total: int
 
+    @property
+    def on_mac(self) -> bool:
+        """A Mac's GPU, which has no memory but the host's."""
+        return self.backend == "MTL"
+
 
 def devices() -> dict[str, BackendDevice]:
     """Every device of every backend, by name."""

@@ -185,7 +185,7 @@ def device_sampling(model: Model, n_outputs: int) -> Footprint:
     nothing is written to these: they take memory where it is pinned. Metal sorts in two more rows
     of each (ggml-metal.cpp: `ggml_backend_metal_buffer_type_get_alloc_size`)."""
     row = 4 * model.n_vocab
-    pinned = any(device.backend != "MTL" for device in model.devices())
+    pinned = any(not device.on_mac for device in model.devices())
     buffer = 3 * n_outputs * row if pinned else 0
     copies = (n_outputs + 1) * row * (1 if pinned else 3)
     return Footprint(MemoryPool(compute=copies), MemoryPool(logits=buffer))
@@ -226,7 +226,7 @@ def device_free(*models: Model) -> int:
     the host has free."""
     devices = {d.name: d for model in models if model.offloaded for d in model.devices()}
     free = sum(device.free for device in devices.values() if device.total)
-    if any(device.backend == "MTL" for device in devices.values()):
+    if any(device.on_mac for device in devices.values()):
         return min(free, host_available())
     return free
 
@@ -259,32 +259,30 @@ def fitting_n_ctx(
     with ExitStack() as stack:
         projectors = [stack.enter_context(Projector.of(one.model)) for one in both]
 
-        def short(cells: int) -> tuple[int, int] | None:
-            """(needed, available) of the place that is too small."""
+        def short(cells: int, *, stay: bool) -> tuple[int, int] | None:
+            """(needed, available) of the place that is too small. stay: so do mapped weights."""
             found, pages = Footprint(), dict[Model, int]()
             for one, projector in zip(both, projectors, strict=True):
                 own = projector.footprint(n_ctx=one.cells(cells), **one.params)
                 pages[one.model] = max(0, own.host.mapped - own.host.copied)
                 found = found.plus(own)
-            # They count as free, and would be read from the file in every step.
+            # Those count as free, and would be read from the file in every step.
             left_in = min(sum(pages.values()), host // 2) if stay else 0
             needed = found.device.context, found.host.context + left_in
             each = zip(needed, (devices, host), strict=True)
             return next(((size, free) for size, free in each if size > free), None)
 
-        step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
-
-        def largest() -> int:
-            return step * most(lambda blocks: short(step * blocks) is None, n_ctx // step)
-
-        stay = shrink
-        first = short(n_ctx)
+        first = short(n_ctx, stay=shrink)
         if first is None:
             return n_ctx
-        found = largest()
-        if stay and not found:  # slow is better than not at all
-            stay = False
-            found = largest()
+        step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
+
+        def largest(*, stay: bool) -> int:
+            return step * most(lambda n: short(step * n, stay=stay) is None, n_ctx // step)
+
+        found = largest(stay=shrink)
+        if shrink and not found:  # slow is better than not at all
+            found = largest(stay=False)
     if not shrink or found == 0:
         lower = ", or fewer snapshots of its states (n_rs_seq)" if params.get("n_rs_seq") else ""
         raise NotEnoughMemory(*first, f"n_ctx={found} would fit{lower}")
