@@ -216,10 +216,11 @@ class Admission:
         return slot, start
 
     def trim(self, id: int, slot: int, n: int, tokens: Tokens | None) -> None:
-        """Only the first `n` positions of a running sequence are left, and what comes next may
-        differ from what it knew."""
-        self.accounting.trim(slot, n)
-        self.cache.kv_operations.append(KvOperation("cut", slot, n=n, id=id))
+        """Only the first `n` positions of a running sequence are left. What comes next may differ
+        from what it knew, also where none of that was computed yet, and may never come."""
+        if n < self.accounting.held(slot):
+            self.accounting.trim(slot, n)
+            self.cache.kv_operations.append(KvOperation("cut", slot, n=n, id=id))
         if tokens is not None:
             self.cache.lives(slot, tokens[:n], self._spaces[id], n)
 

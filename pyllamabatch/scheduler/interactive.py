@@ -62,7 +62,7 @@ class Interactive:
         self._claim(id, computed)
         if entry.slot < 0:
             self._admission.trim_saved(id, known)
-        elif computed < view.computed:
+        else:
             self._admission.trim(id, entry.slot, computed, entry.known_tokens())
         n_left = known - n_prompt
         left = view._replace(n_prompt=n_prompt, generated=n_left, computed=computed, goal=computed)

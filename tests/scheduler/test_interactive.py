@@ -136,6 +136,40 @@ def test_trimmed_tokens_give_their_cells_back_and_the_last_is_computed_again() -
         machine.scheduler.interactive.trim(1, 0)
 
 
+def half_computed() -> Machine:
+    """Sequence 1 knows 60 tokens, as all may, and has computed 32 of them."""
+    machine = Machine(LIMITS, sharing=UNIFIED)
+    machine.add_interactive(1, 60, alike=60)
+    machine.next_step()
+    assert cells(machine) == {1: 32}
+    return machine
+
+
+@pytest.mark.parametrize(("left", "hit"), [(40, 32), (33, 32), (20, 19)])
+def test_none_starts_from_tokens_that_were_trimmed_before_they_were_computed(
+    left: int, hit: int
+) -> None:
+    """Others are computed in their place."""
+    machine = half_computed()
+    machine.trim(1, left)
+    machine.extend(1, 40)
+    machine.run()
+    machine.add(2, 60, alike=60)
+    assert machine.scheduler.sequence(2).prefix.hit == hit
+    machine.run()
+    assert machine.done == [2]
+
+
+@pytest.mark.parametrize("left", [60, 50])
+def test_none_waits_for_tokens_that_are_not_computed_any_more(left: int) -> None:
+    """As where the owner's call is cancelled: what was to be computed is not."""
+    machine = half_computed()
+    machine.add(2, 60, alike=60)
+    assert machine.scheduler.sequence(2).prefix.pending == 59
+    machine.trim(1, left)
+    assert machine.next_step().chunks[0].start == 32
+
+
 def test_one_whose_tokens_are_not_known_is_trimmed_too() -> None:
     scheduler = Scheduler(LIMITS)
     scheduler.add(1, 20, 1, arrival=0.0, interactive=True)
