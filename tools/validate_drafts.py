@@ -75,7 +75,7 @@ def by_prices(cost: Rows) -> Callable[[], ComposedPolicy]:
         rows = range(drafts.room + 1)
         seconds = np.array([cost.predict(n) if n else 0.0 for n in rows])
         prices = Prices(seconds, seconds, credit=1e9)
-        priced: Drafts = drafts._replace(prices=lambda: prices)
+        priced: Drafts = drafts._replace(prices=lambda: prices, untimed=0)
         builder.view = builder.view._replace(drafts=lambda: priced, drafts_in=0)
         return ByGain()(builder)
 

@@ -17,11 +17,12 @@ constexpr float GRAPH_MOST = 1;
 constexpr float   DEAR = 0.1f;
 constexpr int32_t SETTLED = 2;
 constexpr float   GRAPH_STEPS = 2;
-constexpr float   GRAPH_SHARE = 1.0f / 16; // of what a new one takes, in the step that begins with it
+// It is for the steps to come as well: each pays so much of what no other has paid yet.
+constexpr float   GRAPH_SHARE = 1.0f / 16;
 
 } // namespace
 
-draft_prices::draft_prices(int32_t n_rows_max, int32_t n_draft_max) : n_draft_max_(n_draft_max) {
+draft_prices::draft_prices(int32_t n_rows_max, int32_t n_draft_max) : graph(), n_draft_max_(n_draft_max) {
     const size_t n = (size_t) n_rows_max + 1;
     seconds_.resize(n);
     worst_.resize(n);
@@ -41,41 +42,51 @@ void draft_prices::views(plb_drafts & out) {
 }
 
 // Whether a step of so many rows gives more tokens a second than `best`, which it becomes, and can't lose
-// more than the credit.
+// more than the credit, of which no more new graph has what those before have not paid yet.
 bool draft_prices::better(float tokens, int32_t n_rows, float a_token, float & best) const {
-    const float seconds = seconds_[(size_t) n_rows], whole = graph(n_rows), more = whole * graph_share_;
-    if (!(seconds > 0) || worst_[(size_t) n_rows] + whole - tokens * a_token > credit_ ||
-        tokens <= best * (seconds + more)) {
+    const float whole = new_graph(n_rows), spare = whole > 0 ? credit_ - graph.owed : credit_;
+    const float seconds = seconds_[(size_t) n_rows] + (pays_graph_ ? whole : 0);
+    if (!(seconds_[(size_t) n_rows] > 0) || worst_[(size_t) n_rows] + whole - tokens * a_token > spare ||
+        tokens <= best * seconds) {
         return false;
     }
-    best = tokens / (seconds + more);
+    best = tokens / seconds;
     return true;
 }
 
 int32_t draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, bool even) {
     width_ = width;
-    for (draft_offer & offer : offers) {
-        offer.chosen = 0;
-    }
+    const auto none = [&] { std::for_each(offers.begin(), offers.end(), [](draft_offer & o) { o.chosen = 0; }); };
+    none();
     if (width >= n_priced_ || !(seconds_[(size_t) width] > 0) || credit_ < 0) {
         return width;
     }
     const float a_token = seconds_[(size_t) width] / (float) offers.size();
-    const float best = (1 + gain_) / a_token;
-    // Where the graph that is there does not pay, a new one may in the steps to come.
-    int32_t n_rows = width;
-    for (const float share : {1.0f, GRAPH_SHARE}) {
-        graph_share_ = share;
-        n_rows = even ? choose_even(offers, width, a_token, best) : choose_each(offers, width, a_token, best);
-        if (n_rows > width || !(graph_ > 0)) {
-            break;
-        }
+    struct choice {
+        int32_t n_rows;
+        float   speed; // tokens a second
+    };
+    const auto of = [&](bool pays_graph) {
+        none();
+        pays_graph_ = pays_graph;
+        float best = (1 + gain_) / a_token;
+        const int32_t n_rows = even ? choose_even(offers, width, a_token, best)
+                                    : choose_each(offers, width, a_token, best);
+        return choice{n_rows, n_rows > width ? best : 1 / a_token};
+    };
+    const choice free = of(false);
+    if (free.n_rows == width || !(new_graph(free.n_rows) > 0)) {
+        return free.n_rows;
     }
-    return n_rows;
+    // As one who rents skis buys some once the rent has cost as much: a new graph is made once there would
+    // have been as much to gain.
+    const choice now = of(true);
+    graph.missed += seconds_[(size_t) now.n_rows] * (1 - now.speed / free.speed);
+    return graph.missed < graph_ ? now.n_rows : of(false).n_rows;
 }
 
 int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token,
-                                  float best) {
+                                  float & best) {
     int32_t longest = 0, most = 0, n_rows = width;
     for (const draft_offer & offer : offers) {
         longest = std::max(longest, offer.n);
@@ -90,12 +101,12 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
             n_rows = width * (k + 1);
         }
     }
-    const int32_t filled = graph_rows_ / width - 1; // drafted rows of each, some of which only fill up
-    const bool fills = longest > 0 && graph_rows_ < n_priced_ && graph_rows_ % width == 0 &&
+    const int32_t filled = graph.n_rows / width - 1; // drafted rows of each, some of which only fill up
+    const bool fills = longest > 0 && graph.n_rows < n_priced_ && graph.n_rows % width == 0 &&
                        filled > longest && filled <= n_draft_max_;
-    if (fills && better(tokens, graph_rows_, a_token, best)) {
+    if (fills && better(tokens, graph.n_rows, a_token, best)) {
         most   = longest;
-        n_rows = graph_rows_;
+        n_rows = graph.n_rows;
     }
     for (draft_offer & offer : offers) {
         offer.chosen = std::min(offer.n, most);
@@ -104,7 +115,7 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
 }
 
 int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token,
-                                  float best) {
+                                  float & best) {
     auto tokens = (float) offers.size();
     int32_t n_best = 0, n = 0, n_rows = width;
     const auto likeliest = [&]() -> draft_offer * {
@@ -124,9 +135,9 @@ int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t wid
             n_rows = width + n;
         }
     }
-    if (n > 0 && graph_rows_ < n_priced_ && graph_rows_ > width + n && better(tokens, graph_rows_, a_token, best)) {
+    if (n > 0 && graph.n_rows < n_priced_ && graph.n_rows > width + n && better(tokens, graph.n_rows, a_token, best)) {
         n_best = n;
-        n_rows = graph_rows_;
+        n_rows = graph.n_rows;
     }
     for (; n > n_best; --n) { // the unlikeliest ones go
         draft_offer * last = nullptr;
@@ -151,7 +162,10 @@ bool draft_prices::settled(const step & step) {
     if (!step.drafted) {
         return step.reused;
     }
-    graph_rows_   = step.n_rows;
+    if (graph.n_rows != step.n_rows) {
+        graph.missed = 0;
+    }
+    graph.n_rows = step.n_rows;
     n_same_ = step.reused ? n_same_ + 1 : 0;
     const bool dear = width_ < n_priced_ && graph_ > DEAR * seconds_[(size_t) width_];
     return !dear || n_same_ >= SETTLED;
@@ -166,6 +180,11 @@ void draft_prices::computed(const step & step) {
     }
     const bool priced = n_rows < n_priced_;
     const float took = 1e-9f * (float) step.ns;
+    if (n_priced_ > 0) {
+        const float part = GRAPH_SHARE * graph.owed;
+        graph.owed   -= part;
+        credit_ -= part;
+    }
     if (!step.drafted && before > 0) { // for which the drafts pay
         // As much as it can be on account of drafts; what is beyond has disturbed it.
         const float said = priced ? seconds_[(size_t) n_rows] : 0;
@@ -184,7 +203,10 @@ void draft_prices::computed(const step & step) {
     }
     if (step.drafted && priced && width_ < n_priced_) {
         const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;
-        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_);
+        const float counts = std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_);
+        const float beyond = typical ? 0 : std::max(0.0f, counts - seconds_[(size_t) n_rows]);
+        graph.owed   += beyond;
+        credit_ += worth - (counts - beyond);
     }
 }
 
@@ -192,9 +214,9 @@ void draft_prices::computed(const step & step) {
 
 int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
                        const float * chance, int32_t width, int32_t even, int32_t * chosen,
-                       int32_t * n_rows) {
+                       plb_draft_graph * graph, int32_t * n_rows) {
     if (prices == nullptr || n_slots < 1 || n_drafted == nullptr || chance == nullptr || width < 1 ||
-        chosen == nullptr || n_rows == nullptr || *prices->n_priced < 1) {
+        chosen == nullptr || graph == nullptr || n_rows == nullptr || *prices->n_priced < 1) {
         return PLB_E_ARGUMENT;
     }
     const int32_t n_priced = *prices->n_priced;
@@ -209,12 +231,13 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
         *views.credit = *prices->credit;
         *views.gain   = *prices->gain;
         *views.new_graph = *prices->new_graph;
-        own.lean(*n_rows);
+        own.graph = *graph;
         std::vector<plb::draft_offer> offers;
         for (int32_t i = 0; i < n_slots; ++i) {
             offers.push_back({chance + (ptrdiff_t) i * prices->n_draft_max, n_drafted[i], 0});
         }
         *n_rows = own.choose(offers, width, even != 0);
+        *graph  = own.graph;
         for (int32_t i = 0; i < n_slots; ++i) {
             chosen[i] = offers[(size_t) i].chosen;
         }

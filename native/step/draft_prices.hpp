@@ -45,17 +45,16 @@ public:
         int32_t n_slots;
     };
 
-    // The last step with drafts had so many rows, and its graph is there. Else `computed` tells it.
-    void lean(int32_t n_rows) { graph_rows_ = n_rows; }
+    plb_draft_graph graph; // `computed` tells it as well
 
     void begin(); // of a run
     void computed(const step & step);
 
 private:
     bool better(float tokens, int32_t n_rows, float a_token, float & best) const;
-    int32_t choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token, float best);
-    int32_t choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token, float best);
-    float graph(int32_t n_rows) const { return n_rows == graph_rows_ ? 0 : graph_; }
+    int32_t choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token, float & best);
+    int32_t choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token, float & best);
+    float new_graph(int32_t n_rows) const { return n_rows == graph.n_rows ? 0 : graph_; }
     bool  settled(const step & step);
 
     std::vector<float>   seconds_, worst_; // [n_rows_max + 1]
@@ -66,8 +65,7 @@ private:
     float   credit_   = 0;
     float   gain_     = 0;
     float   graph_    = 0;
-    float   graph_share_ = 1;
-    int32_t graph_rows_     = 0;     // rows that the last step with drafts had, whose graph is there
+    bool    pays_graph_ = true; // the next step, alone
     int32_t n_same_   = 0;     // steps with that graph since it was new
     int32_t n_before_ = 0;     // rows of the step before, if it had drafts
     int32_t width_    = 0;     // of the last choice

@@ -79,15 +79,24 @@ int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
  * 0 where libllama may take an old snapshot for it (vendor/patches/state-rolled-back.patch). */
 int32_t plb_max_rollback(const struct llama_context * ctx);
 
+/* What the steps before have left. n_rows: of the last one with drafts, whose graph is there; 0: there was
+ * none. owed: seconds that new graphs took, and no step has paid for yet. missed: seconds that others than
+ * this one would have gained until now. */
+typedef struct plb_draft_graph {
+    int32_t n_rows;
+    float   owed;
+    float   missed;
+} plb_draft_graph;
+
 /* What a step of plb_run decides by its prices, for what simulates it: of n_slots slots, of which each
  * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
  * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
- * slots have the same number of rows. n_rows: of the last step with drafts, 0: there was none; and then of
- * this step, those that only fill up included. Of `prices` it reads n_draft_max, n_priced, seconds, worst,
+ * slots have the same number of rows. graph: `missed` changes. n_rows: of this step, those that only fill up
+ * included. Of `prices` it reads n_draft_max, n_priced, seconds, worst,
  * credit, gain and new_graph, and n_priced is at least 1. */
 int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
                        const float * chance, int32_t width, int32_t even, int32_t * chosen,
-                       int32_t * n_rows);
+                       plb_draft_graph * graph, int32_t * n_rows);
 
 /* The first token from `first` on whose text is not the same in both, of those that both have; -1:
  * there is none. */

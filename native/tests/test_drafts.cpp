@@ -157,9 +157,65 @@ void a_new_graph_pays_in_the_steps_to_come() {
     plb_drafts views = priced(prices, 1, 0.05f, 100);
     *views.new_graph = 5; // more than one step can give
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
-    CHECK(prices.choose(offers, 1, false) == 5 && prices.choose(offers, 1, true) == 5);
+    for (const bool even : {false, true}) {
+        int32_t n_plain = 0;
+        while (prices.choose(offers, 1, even) == 1 && n_plain < 99) {
+            ++n_plain;
+        }
+        CHECK(n_plain == 7); // each would have been 0.7 s shorter: 4 tokens in 1.2 s
+        prices.computed({5, true, false, 1000000000, 4, 1});
+        CHECK(prices.choose(offers, 1, even) == 5 && offers[0].chosen == 4);
+        prices.graph = {};
+    }
     *views.credit = 1; // less than it takes
-    CHECK(prices.choose(offers, 1, false) == 1 && prices.choose(offers, 1, true) == 1);
+    for (int32_t i = 0; i < 99; ++i) {
+        CHECK(prices.choose(offers, 1, false) == 1 && prices.choose(offers, 1, true) == 1);
+    }
+}
+
+void a_graph_that_gains_something_gives_way_to_a_better_one() {
+    draft_prices prices(N_ROWS, 4);
+    plb_drafts views = priced(prices, 1, 0.05f, 100);
+    *views.new_graph = 2;
+    std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
+    prices.graph.n_rows = 2;
+    int32_t n_steps = 0;
+    while (prices.choose(offers, 1, false) == 2 && n_steps < 99) {
+        CHECK(offers[0].chosen == 1);
+        ++n_steps;
+    }
+    CHECK(n_steps > 1 && n_steps < 9);
+    CHECK(prices.choose(offers, 1, false) == 5 && offers[0].chosen == 4);
+}
+
+void steps_to_come_pay_for_a_new_graph() {
+    draft_prices prices(N_ROWS, 4);
+    plb_drafts views = priced(prices, 1, 0.05f, 5);
+    *views.new_graph = 4;
+    std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
+    constexpr int64_t SECOND = 1000000000;
+    prices.begin();
+    prices.graph.missed = 9;
+    CHECK(prices.choose(offers, 1, false) == 5);
+    prices.computed({5, true, false, 9 * SECOND, 1, 1}); // more than there was credit for
+    CHECK(std::fabs(*views.credit - (5 + 1 - 1.2f)) < 1e-5f);
+    CHECK(prices.choose(offers, 1, false) == 5); // it is there now
+    offers[0].n = 2;
+    CHECK(prices.choose(offers, 2, false) == 5 && offers[0].chosen == 2); // there is no credit for one more
+    offers[0].n = 4;
+    CHECK(prices.choose(offers, 1, false) == 5);
+    prices.computed({5, true, true, SECOND, 4, 1});
+    float owed = 7.8f;
+    CHECK(std::fabs(*views.credit - (4.8f + 4 - 1 - owed / 16)) < 1e-5f);
+    owed *= 15 / 16.0f;
+    const float before = *views.credit;
+    for (int32_t i = 0; i < 200; ++i) {
+        prices.computed({1, false, true, SECOND, 1, 1}); // one without drafts pays as well
+    }
+    CHECK(std::fabs(*views.credit - (before - owed)) < 1e-3f);
+    *views.n_priced = 0;
+    prices.computed({5, true, false, 9 * SECOND, 1, 1});
+    CHECK(std::fabs(*views.credit - (before - owed)) < 1e-3f);
 }
 
 void drafts_tell_how_long_their_match_is() {
@@ -227,25 +283,25 @@ void a_simulation_decides_the_same() {
     std::copy(GOOD.begin(), GOOD.end(), chance.begin() + 4);
     std::copy(BAD.begin(), BAD.end(), chance.begin() + 8);
     std::array<int32_t, 3> chosen_rows = {};
+    plb_draft_graph none = {}, seven = {7, 0, 0};
+    int32_t n_rows = 0;
     for (const int32_t even : {0, 1}) {
-        int32_t n_rows = 0;
-        CHECK(plb_draft_rows(&views, 3, n.data(), chance.data(), 3, even, chosen_rows.data(), &n_rows) == PLB_OK);
+        CHECK(plb_draft_rows(&views, 3, n.data(), chance.data(), 3, even, chosen_rows.data(), &none, &n_rows) == PLB_OK);
         CHECK(n_rows == (even ? 3 : 5));
         const draft_offer bad = {BAD.data(), 4, 0}, good = {GOOD.data(), 4, 0};
         CHECK(counts(chosen_rows.begin(), chosen_rows.end()) == chosen(prices, {bad, good, bad}, even != 0));
     }
     *views.new_graph = 1000; // more than it can give
-    int32_t n_rows = 7;
-    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &n_rows) == PLB_OK);
+    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &seven, &n_rows) == PLB_OK);
     CHECK(n_rows == 1);
     views = priced(prices, 1, 0.01f);
     views.n_draft_max = 4;
     *views.new_graph  = 1000;
-    n_rows = 7;
-    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &n_rows) == PLB_OK);
+    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &seven, &n_rows) == PLB_OK);
     CHECK(n_rows == 7 && chosen_rows[0] == 4); // the graph that is there
-    CHECK(plb_draft_rows(&views, 0, n.data(), chance.data(), 3, 0, chosen_rows.data(), &n_rows) == PLB_E_ARGUMENT);
-    CHECK(plb_draft_rows(&views, 1, n.data(), chance.data(), 3, 0, chosen_rows.data(), nullptr) == PLB_E_ARGUMENT);
+    CHECK(plb_draft_rows(&views, 0, n.data(), chance.data(), 3, 0, chosen_rows.data(), &none, &n_rows) == PLB_E_ARGUMENT);
+    CHECK(plb_draft_rows(&views, 1, n.data(), chance.data(), 3, 0, chosen_rows.data(), &none, nullptr) == PLB_E_ARGUMENT);
+    CHECK(plb_draft_rows(&views, 1, n.data(), chance.data(), 3, 0, chosen_rows.data(), nullptr, &n_rows) == PLB_E_ARGUMENT);
 }
 
 void matches_are_counted_by_their_length() {
@@ -333,6 +389,8 @@ int main() {
     steps_are_timed_and_paid_for();
     a_dear_graph_stays();
     a_new_graph_pays_in_the_steps_to_come();
+    a_graph_that_gains_something_gives_way_to_a_better_one();
+    steps_to_come_pay_for_a_new_graph();
     drafts_tell_how_long_their_match_is();
     texts_that_have_ended_are_drafted_from();
     a_simulation_decides_the_same();

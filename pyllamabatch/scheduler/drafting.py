@@ -14,7 +14,7 @@ no drafter (`Drafting.due`)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import exp, inf
+from math import ceil, exp, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +45,10 @@ _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it;
 # where the next one is, too, or little was known, what is known begins anew with it
 _FEW = 2  # steps in a row, which can't show that: the first ones of a kind may take much longer
-_ENOUGH = (
-    8  # steps: so many without drafts are timed before those with drafts are compared with them
+_ENOUGH = 8  # steps without drafts that are timed before those with drafts are compared with them,
+_AGAIN = 4  # of a call that only times some once more,
+_NEW = (
+    2  # and more than are wanted: the first ones of a call may have a new graph, and tell nothing
 )
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise,
@@ -124,10 +126,10 @@ class StepTimes:
                 n: seen for n, seen in self._known.items() if seen[2] >= self._n_steps - _TRUSTED
             }
 
-    def knows(self, first: int, last: int) -> bool:
-        """Whether numbers of rows among these were timed lately, often enough."""
+    def missing(self, first: int, last: int) -> float:
+        """Steps of these numbers of rows that are to be timed until they are known; 0: they are."""
         known = self._known.items()
-        return sum(weight for n, (_, weight, _) in known if first <= n <= last) >= _ENOUGH
+        return max(0, _ENOUGH - sum(w for n, (_, w, _) in known if first <= n <= last))
 
     def factor(self, n_rows: int) -> float:
         """Of steps of so many rows."""
@@ -201,7 +203,7 @@ class Drafting:
         there are none stands while none comes or goes, also where something ends a call sooner."""
         if not self._pays_for(0.0):
             return None
-        return _ENOUGH if self._turn is None else self.stands
+        return _ENOUGH + _NEW if self._turn is None else self.stands
 
     def _pays_for(self, seconds: float) -> bool:
         """So many seconds from now."""
@@ -282,7 +284,7 @@ class Drafting:
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-        goes_on = not asked and np.array_equal(owner, self._calm_owner)
+        goes_on = not drafted.n_drafted and np.array_equal(owner, self._calm_owner)
         self._calm_owner, self._n_calm = owner, n_steps + (self._n_calm if goes_on else 0)
         if cost is None:  # prompts: they have no drafts
             return
@@ -305,7 +307,7 @@ class Drafting:
         gained = 0.0
         if drafted.gained is not None:
             gained = drafted.gained
-        elif asked and self.times.knows(width, max(width, self.limits.n_seq_max)):
+        elif asked and not self.times.missing(width, max(width, self.limits.n_seq_max)):
             plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
             own = drafted.seconds - drafted.catch_up
@@ -344,12 +346,14 @@ class Drafting:
         width = self._width(slots)
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
 
-        def prices() -> Prices | None:
-            # a step without drafts has at least `width` rows, and with padding more
-            if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
-                return None
-            if self._n_asked >= np.clip(self._spell - self._n_asked, *_RENEWED):
-                return None
+        # a step without drafts has at least `width` rows, and with padding more
+        missing = self.times.missing(width, max(width, limits.n_seq_max))
+        untimed = ceil(missing) + _NEW if missing else 0
+        if not missing and self._n_asked >= np.clip(self._spell - self._n_asked, *_RENEWED):
+            untimed = _AGAIN
+
+        def prices() -> Prices:
+            assert cost is not None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
             own = None if self.drafted is self.times else (width, self.times.factor(width))
@@ -371,5 +375,6 @@ class Drafting:
             room,
             even=limits.even_rows,
             n_calm=self._n_calm if np.array_equal(owner, self._calm_owner) else 0,
+            untimed=untimed,
             prices=None if cost is None or width > room else prices,
         )

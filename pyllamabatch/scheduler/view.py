@@ -188,10 +188,10 @@ class Drafts(NamedTuple):
     - n_left: tokens that each may still generate.
     - width: rows of a step without drafts. room: rows that a step with drafts may have.
     - even: all sequences of a step have the same number of rows.
-    - n_calm: for so many steps these have decoded without any drafts.
-    - prices(): of steps of up to `room` rows, by the cost model and by the time of such steps; None
-      where steps without drafts were not timed lately, or not often enough. None without a cost
-      model."""
+    - n_calm: for so many steps these have decoded, and none of them had a draft.
+    - untimed: so many steps without drafts are to be timed before prices tell anything.
+    - prices(): of steps of up to `room` rows, by the cost model and by the time of such steps. None
+      without a cost model."""
 
     n_max: int
     ids: list[int]
@@ -202,8 +202,9 @@ class Drafts(NamedTuple):
     width: int
     room: int
     even: bool
-    prices: Callable[[], Prices | None] | None
+    prices: Callable[[], Prices] | None
     n_calm: int = 0
+    untimed: int = 0
 
 
 class StepView(NamedTuple):

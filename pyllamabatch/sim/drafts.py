@@ -20,7 +20,8 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 
-GRAPH_MOST, GRAPH_STEPS = 1.0, 2.0  # see native/step/draft_prices.cpp
+GRAPH_MOST, GRAPH_STEPS = 1.0, 2.0  # see native/step/draft_prices.cpp,
+GRAPH_SHARE, DEAR, SETTLED = 1 / 16, 0.1, 2
 
 
 class Luck:
@@ -38,10 +39,21 @@ class Luck:
         return int(wrong.argmax()) if wrong.any() else n
 
 
+class Before(NamedTuple):
+    """What the steps before have left, see `plb_draft_graph` in native/step/plb_drafts.h. n_same:
+    steps with that graph since it was new."""
+
+    n_rows: int = 0
+    owed: float = 0.0
+    missed: float = 0.0
+    n_same: int = 0
+
+
 class Steps(NamedTuple):
     """Of a call, one line each: seconds, new graphs included, and what the scheduler is told of
     them, 0 for nothing; tokens that each slot of `Step.decode` samples; drafted tokens of each.
-    rows: those of the step. gained: with those before, of the credit in `Prices`; None without."""
+    rows: those of the step. gained: with those before, of the credit in `Prices`; None without.
+    after: what each leaves."""
 
     seconds: F64
     timed: F64
@@ -49,38 +61,42 @@ class Steps(NamedTuple):
     n_drafted: I64
     rows: I64
     gained: list[float | None]
+    after: list[Before]
 
 
 class StepOf(NamedTuple):
-    """One step that is decided: drafted tokens of each slot, its rows, and those without drafts."""
+    """One step that is decided: drafted tokens of each slot, its rows, those without drafts, and
+    what it leaves."""
 
     n_drafted: list[int]
     rows: int
     width: int
+    left: Before
 
 
 def decide(step: Step, n_most: Sequence[int], luck: Sequence[Luck], limits: Limits,
-           prices: Prices | None, last: int) -> StepOf:  # fmt: skip
-    """n_most: drafted tokens of each slot at most, 0 for one that has no drafts. last: rows of the
-    step with drafts before this one; 0: there was none."""
+           prices: Prices | None, before: Before) -> StepOf:  # fmt: skip
+    """n_most: drafted tokens of each slot at most, 0 for one that has no drafts."""
     n, even = len(n_most), limits.even_rows
     width = n
     if not limits.unified:
         width = step.n_pad or int(step.decode[-1] - step.decode[0]) + 1
     chosen, wanted = list(n_most), 0
     if prices is not None:
-        chosen, wanted = _by_price(n_most, luck, limits.n_draft_max, width, even, prices, last)
+        chosen, wanted, before = _by_price(n_most, luck, limits, width, prices, before)
     rows = width * (1 + max(chosen)) if even else n + sum(chosen)
     if any(chosen):  # some may only fill up
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch)
         rows = max(rows, min(wanted, room if even else min(room, n + sum(step.drafts.values()))))
-    return StepOf(chosen, rows, width)
+    if any(chosen) and rows != before.n_rows:
+        before = before._replace(n_rows=rows, missed=0.0)
+    return StepOf(chosen, rows, width, before)
 
 
-def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int, even: bool,
-              prices: Prices, last: int) -> tuple[list[int], int]:  # fmt: skip
-    """Drafted tokens of each, and rows."""
-    n_priced = len(prices.seconds)
+def _by_price(n_most: Sequence[int], luck: Sequence[Luck], limits: Limits, width: int,
+              prices: Prices, before: Before) -> tuple[list[int], int, Before]:  # fmt: skip
+    """Drafted tokens of each, rows, and what is left."""
+    n_priced, most = len(prices.seconds), limits.n_draft_max
     seconds = np.ascontiguousarray(prices.seconds, np.float32)
     worst = np.ascontiguousarray(prices.worst, np.float32)
     acceptance = np.array([one.acceptance for one in luck])[:, None]
@@ -89,7 +105,8 @@ def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int
     given = (
         ffi.new("int32_t *", n_priced),
         ffi.new("float[3]", [prices.credit, prices.gain, prices.new_graph]),
-        ffi.new("int32_t *", last),
+        ffi.new("plb_draft_graph *", before[:3]),
+        ffi.new("int32_t *"),
     )
     native = ffi.new("plb_drafts *")
     native.n_draft_max, native.n_priced = most, given[0]
@@ -102,12 +119,12 @@ def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int
         ffi.from_buffer("int32_t[]", drafted),
         ffi.from_buffer("float[]", chance),
         width,
-        even,
+        limits.even_rows,
         ffi.from_buffer("int32_t[]", chosen),
-        given[2],
+        *given[2:],
     )
     assert code == 0, code
-    return chosen.tolist(), given[2][0]
+    return chosen.tolist(), given[3][0], before._replace(missed=given[2].missed)
 
 
 def steps_of(
@@ -117,32 +134,37 @@ def steps_of(
     luck: Sequence[Luck],
     limits: Limits,
     seconds_of: Callable[[int, int], tuple[float, float]],
-    last: int = 0,
+    before: Before,
 ) -> Steps:
     """Up to n steps, to the end of a sequence. left: tokens to each one's end. seconds_of: of a
-    step with so many rows, so many steps into the call, and of the new graph that it needs. last:
-    see `decide`."""
+    step with so many rows, so many steps into the call, and of the new graph that it needs."""
     slots, left = step.decode.tolist(), list(left)
     most = [step.drafts.get(slot, 0) if one.acceptance > 0 else 0
             for slot, one in zip(slots, luck, strict=True)]  # fmt: skip
     prices, behind = step.prices, False
     seconds, timed, rows = list[float](), list[float](), list[int]()
     taken, drafted, gains = list[list[int]](), list[list[int]](), list[float | None]()
-    in_all = 0.0
+    after, in_all = list[Before](), 0.0
     for at in range(n):
         can = [min(k, m - 1) for k, m in zip(most, left, strict=True)]
-        decided = decide(step, can, luck, limits, prices, last)
+        decided = decide(step, can, luck, limits, prices, before)
         right = [one.right(k) for one, k in zip(luck, decided.n_drafted, strict=True)]
         took, graph = seconds_of(decided.rows, at)
         took += graph
-        tokens, drafts = [1 + k for k in right], any(decided.n_drafted)
-        last = decided.rows if drafts else last
-        timed.append(0.0 if graph and not drafts else took)
+        tokens, drafts, new = [1 + k for k in right], any(decided.n_drafted), graph > 0
+        before = decided.left
+        if drafts:
+            before = before._replace(n_same=0 if graph else before.n_same + 1)
+            new = before.n_same < SETTLED and prices is not None and _is_dear(prices, decided)
+        timed.append(0.0 if new else took)
         if prices is not None:
-            gained = _gained(prices, decided, sum(tokens), took, behind=behind)
-            prices = prices._replace(credit=prices.credit + gained)
-            in_all += gained
+            gained, beyond = _gained(prices, decided, sum(tokens), took, new=new, behind=behind)
+            part = GRAPH_SHARE * before.owed
+            before = before._replace(owed=before.owed - part + beyond)
+            prices = prices._replace(credit=prices.credit + gained - part)
+            in_all += gained - part
         behind = drafts
+        after.append(before)
         seconds.append(took)
         taken.append(tokens)
         drafted.append(decided.n_drafted)
@@ -159,19 +181,27 @@ def steps_of(
         np.array(drafted, np.int64).reshape(shape),
         np.array(rows, np.int64),
         gains,
+        after,
     )
 
 
-def _gained(prices: Prices, step: StepOf, n_tokens: int, took: float, *, behind: bool) -> float:
-    """What such a step adds to the credit, as in native/step/draft_prices.cpp. behind: one with
-    drafts."""
+def _is_dear(prices: Prices, step: StepOf) -> bool:
+    """A new graph."""
+    return prices.new_graph > DEAR * float(prices.seconds[step.width])
+
+
+def _gained(
+    prices: Prices, step: StepOf, n_tokens: int, took: float, *, new: bool, behind: bool
+) -> tuple[float, float]:
+    """What such a step adds to the credit, as in native/step/draft_prices.cpp, and what steps to
+    come have to pay of its graph, which is new. behind: one with drafts."""
     said = float(prices.seconds[step.rows])
     if any(step.n_drafted):
         plain = float(prices.seconds[step.width])
-        most = float(prices.worst[step.rows]) + GRAPH_STEPS * prices.new_graph
-        worth = plain / len(step.n_drafted) * n_tokens
-        return worth - min(took, most)
-    return -min(took - said, GRAPH_MOST * said) if behind else 0.0
+        counts = min(took, float(prices.worst[step.rows]) + GRAPH_STEPS * prices.new_graph)
+        beyond = max(0.0, counts - said) if new else 0.0
+        return plain / len(step.n_drafted) * n_tokens - (counts - beyond), beyond
+    return -min(took - said, GRAPH_MOST * said) if behind else 0.0, 0.0
 
 
 def plain(step: Step, seconds: F64, reused: npt.NDArray[np.bool_]) -> Steps:
@@ -179,7 +209,7 @@ def plain(step: Step, seconds: F64, reused: npt.NDArray[np.bool_]) -> Steps:
     n = len(seconds), len(step.decode)
     rows = np.full(n[0], max(step.n_rows, step.n_pad))
     ones, none = np.ones(n, np.int64), np.zeros(n, np.int64)
-    return Steps(seconds, seconds * reused, ones, none, rows, [None] * n[0])
+    return Steps(seconds, seconds * reused, ones, none, rows, [None] * n[0], [])
 
 
 def drafted_of(
@@ -195,9 +225,10 @@ def drafted_of(
         found[slot] = acceptance > 0
         right[slot] = acceptance ** np.arange(1, limits.n_draft_max + 1)
     n_timed = np.zeros(limits.n_batch + 1, np.int64)
-    timed = np.zeros(limits.n_batch + 1)
-    np.add.at(n_timed, steps.rows[:n], steps.timed[:n] > 0)
-    np.add.at(timed, steps.rows[:n], steps.timed[:n])
+    speeds = np.zeros(limits.n_batch + 1)
+    timed = steps.timed[:n] > 0
+    np.add.at(n_timed, steps.rows[:n], timed)
+    np.add.at(speeds, steps.rows[:n][timed], 1 / steps.timed[:n][timed])
     n_drafted = steps.n_drafted[:n]
     accepted = steps.taken[:n] - 1
     return Drafted(
@@ -209,7 +240,7 @@ def drafted_of(
         right,
         float(steps.seconds[:n].sum()),
         n_timed,
-        timed,
+        np.divide(n_timed**2, speeds, where=speeds > 0, out=np.zeros_like(speeds)),
         steps.gained[n - 1],
         int((n_drafted > 0).sum()),
         (accepted[:, :, None] > np.arange(limits.n_draft_max)).sum((0, 1)),

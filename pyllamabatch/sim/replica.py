@@ -24,7 +24,7 @@ from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Schedu
 from pyllamabatch.scheduler.kv_options import Pool
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.scheduler.step import Shape
-from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
+from pyllamabatch.sim.drafts import Before, Luck, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.recorder import StepRecorder
 from pyllamabatch.sim.workload import TraceRequest
@@ -197,7 +197,7 @@ class SimulatedReplica:
         self._call: _InFlight | None = None
         self._wake = inf
         self._rows_before = 0  # of the last step
-        self._drafted_rows = 0  # of the last one with drafts
+        self._before = Before()
         self._copying = 0.0  # seconds of copies before the next call
         self._is(spec)
 
@@ -288,8 +288,7 @@ class SimulatedReplica:
             luck = {slot: self._luck(slot) for slot in step.decode.tolist()}
             n_slots, limits = self.scheduler.n_slots, self.scheduler.limits
             drafted = drafted_of(step, call.steps, n, luck, limits, n_slots)
-            with_drafts = call.steps.rows[:n][call.steps.n_drafted[:n].any(1)]
-            self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
+            self._before = call.steps.after[n - 1] if call.steps.after else self._before
         self.scheduler.advance(step, n, end, drafted)
         if drafting is not None:
             drafting.turned(self.spec.overhead, prompts=bool(step.chunks))
@@ -467,8 +466,7 @@ class SimulatedReplica:
             self._graphs.replaced()
         left = [self._in_slot[slot].left for slot in slots]
         luck = [self._luck(slot) for slot in slots]
-        last = self._drafted_rows
-        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last)
+        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, self._before)
 
     def _seconds(self, step: Step, n: int) -> tuple[F64, F64]:
         """Seconds of each of n times this step, without new graphs and with them."""

@@ -71,6 +71,7 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
         room=40,
         even=even,
         prices=facts.pop("prices", lambda: prices),
+        untimed=facts.pop("untimed", 0),
     )
     sequences = [decoding(i, **facts) for i in range(n)]
     view = view_of(*sequences, limits=limits)._replace(drafts=lambda: drafts)
@@ -102,7 +103,7 @@ def test_what_bounds_them() -> None:
     assert decided(half, 1, n_left=3)[0] == {0: 2}
     assert decided(half, 1, n_left=1)[0] == {}
     assert decided(half, 1, credit=-0.1)[0] == {}
-    assert decided(half, 1, prices=lambda: None) == ({}, TIMED, None)
+    assert decided(half, 1, untimed=7) == ({}, 7, None)
     assert decided(half, 1, prices=None) == ({}, None, None)
     drafts, _, prices = decided(half, 1, itl_target=0.026)
     assert drafts == {0: 4}
@@ -154,9 +155,11 @@ def test_nothing_is_repaid_where_a_step_without_drafts_is_longer_than_a_target()
 
 def test_the_times_of_steps_correct_the_cost_model() -> None:
     times, said = StepTimes(), np.array([0.0, *map(half, range(1, 13))])
-    assert not times.knows(1, 4)
-    times.observe(2, 8, 1.5)
-    assert times.knows(1, 4)
+    assert times.missing(1, 4) == 8
+    times.observe(2, 5, 1.5)
+    assert times.missing(1, 4) == 3
+    times.observe(2, 3, 1.5)
+    assert times.missing(1, 4) == 0
     seconds, worst = times.prices(said)
     assert seconds == pytest.approx(1.5 * said)
     assert worst[:3] == pytest.approx(seconds[:3])
@@ -175,7 +178,7 @@ def test_the_times_of_steps_correct_the_cost_model() -> None:
     assert few.factor(1) == many.factor(1) == pytest.approx(3.0)
     assert 1.0 < many.factor(24) < 1.3 < 1.6 < few.factor(24) < few.factor(20) < 2.0
     times.passed(10**6)
-    assert not times.knows(1, 9)
+    assert times.missing(1, 9) == 8
 
 
 def test_the_first_step_of_its_kind_is_not_taken_at_its_word() -> None:
@@ -336,15 +339,15 @@ def test_what_is_not_paid_for_is_not_looked_at() -> None:
     for drafts_in in (None, 7):
         builder = PlanBuilder(view._replace(drafts_in=drafts_in), 64, 9, 0)
         assert ByGain()(builder) == ({}, drafts_in, None)
-    scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=ByGain(), repeat=9), cost=HALF)
-    scheduler.add(1, 1, 50, arrival=0.0)
+    scheduler = Scheduler(LIMITS, ComposedPolicy(speculate=ByGain(), repeat=20), cost=HALF)
+    scheduler.add(1, 1, 90, arrival=0.0)
     drafting = scheduler.drafting
     assert drafting is not None
     prompt = scheduler.plan(0.0)
     assert prompt is not None
     scheduler.advance(prompt)
     drafting.turned(1e-3, prompts=False)
-    for credit, looked, repeat in ((-0.1, False, 9), (0.1, True, TIMED), (-0.1, False, 9)):
+    for credit, looked, repeat in ((-0.1, False, 20), (0.1, True, 10), (-0.1, False, 20)):
         drafting.credit = credit
         step = scheduler.plan(0.0)
         assert step is not None
@@ -361,8 +364,7 @@ def test_what_a_draft_model_lacks_is_computed_where_that_is_paid_for() -> None:
     def look() -> float:
         drafts = drafting.view(slots, owner, np.array([90]), 0.0, HALF)
         assert drafts.prices is not None
-        prices = drafts.prices()
-        return 0.0 if prices is None else prices.begin
+        return drafts.prices().begin
 
     def call(catch_up: float, *, asked: bool) -> float:
         before, timed = drafting.credit, np.bincount([1], minlength=9) * 8
@@ -414,9 +416,10 @@ def lost_by(
         worth += float(paces.sum()) * half(1) * (tokens if asked else 1)
         n_rows = 1 + sum(asked.values())
         timed = np.bincount([n_rows], minlength=9) * steps
-        taken = slots + round(steps * (tokens if asked else 1))
-        drafted = Drafted(taken, n_rows * steps, 0, 0, np.ones((8, 4)), shares, seconds, timed,
-                          timed * seconds / steps)  # fmt: skip
+        n_taken = round(steps * (tokens if asked else 1))
+        n_drafted, found = (n_rows - 1) * steps, np.ones((8, 4))
+        drafted = Drafted(slots + n_taken, n_rows * steps, n_drafted, n_taken - steps, found,
+                          shares, seconds, timed, timed * seconds / steps)  # fmt: skip
         drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
         turn = drafter * half(1) * steps * bool(asked)
         drafting.turned(turn, prompts=False)
@@ -461,9 +464,7 @@ def test_what_drafts_take_is_no_price_of_as_many_rows_without(takes_time: bool) 
         slots = np.arange(n, dtype=np.int32)
         view = drafting.view(slots, 1 + slots, np.full(n, 9), 100.0, HALF)  # type: ignore[arg-type]
         assert view.prices is not None
-        prices = view.prices()
-        assert prices is not None
-        seconds.append(prices.seconds[4])
+        seconds.append(view.prices().seconds[4])
     mixed = pytest.approx(1.2 * half(4), rel=0.01)
     assert seconds == ([half(4), 1.5 * half(4)] if takes_time else [mixed, mixed])
 
@@ -479,7 +480,7 @@ def test_where_drafts_take_time_steps_of_which_none_had_one_are_not_what_others_
             drafting.observe(slots, owner, drafted, 64, 100, HALF, asked=asked)
             drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
             assert drafts.prices is not None
-            seen.append(drafts.prices() is not None)
+            seen.append(not drafts.untimed)
         assert seen[0]
         assert all(seen) != takes_time
 

@@ -9,8 +9,8 @@ from ...errors import ArgumentError
 from ..policy import NO_SPECULATION, PlanBuilder, Speculation
 from ..view import Drafts, Prices
 
-STEPS = 64  # that a decision stands for; one against drafts
-AT_MOST = 1024  # as many as there were without any, up to this
+STEPS = 64  # that a decision stands for,
+AT_MOST = 1024  # or as many as there were without any, up to this
 TIMED = 4  # of a kind that was not timed lately
 ASKED = 16  # where drafts are asked for, as they were right lately
 REPAID = 2.0  # times what it takes to begin is to be gained in what is left of the answers
@@ -45,12 +45,13 @@ class ByGain:
         if drafts.prices is None or not drafts.ids:
             return NO_SPECULATION
         n = len(view.decoding)
-        none = Speculation({}, min(max(STEPS, drafts.n_calm), AT_MOST))
+        steps = min(max(STEPS, drafts.n_calm), AT_MOST)
+        none = Speculation({}, steps)
         if n != len(drafts.ids):
             return none
+        if drafts.untimed:
+            return Speculation({}, drafts.untimed)
         prices = drafts.prices()
-        if prices is None:
-            return Speculation({}, TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
         if most < 1 or prices.credit < prices.begin:
@@ -61,7 +62,7 @@ class ByGain:
         if not view.limits.drafts_take_time:
             if not can_pay(drafts, seconds, most, self.gain):
                 return none
-            return Speculation(_as_many(drafts, most), STEPS, own)
+            return Speculation(_as_many(drafts, most), steps, own)
         if not drafts.n_seen.all():  # of a new one what is usual is known soon
             return Speculation({}, 1)
         k, steps = _choice(drafts, own, most)
