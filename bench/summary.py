@@ -89,14 +89,23 @@ def runs_of(records: Iterable[Record]) -> dict[Setting, list[list[Record]]]:
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         runs.setdefault((record.run_id, record.bench), []).append(record)
+    parts = (part for run in runs.values() for part in by_sampling(run))
     found: dict[Setting, list[list[Record]]] = {}
-    for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
+    for run in sorted(parts, key=lambda run: (run[0].test_time, run[0].run_id)):
         before = found.setdefault(setting_of(run), [])
         if before and again(before[-1], run):
             before[-1] += run
         else:
             before.append(run)
     return dict(sorted(found.items()))
+
+
+def by_sampling(run: Sequence[Record]) -> list[list[Record]]:
+    """Its records with each sampling. Those that sample nothing belong to the others."""
+    samplings = {record.sampling for record in run}
+    if "none" in samplings:
+        return [list(run)]
+    return [[r for r in run if r.sampling == one] for one in sorted(samplings)]
 
 
 def again(before: Sequence[Record], run: Sequence[Record]) -> bool:
@@ -212,7 +221,8 @@ def targets_table(targets: Sequence[Target], groups: Groups, runs: Runs) -> str:
             lines.append([target.text, target.limit, "not measured", "", ""])
         for setting, value in measured.items():
             met = "met" if target.met_by(value) else "**missed**"
-            where = f"{setting.short_machine}; {setting.work}, {setting.settings}"
+            what = f"{setting.model}, {setting.short_machine}"
+            where = f"{what}; {setting.work}, {setting.settings}"
             lines.append([target.text, target.limit, f"{value:.3g}", met, where])
     return Table(["target", "limit", "measured", "", "setting"], lines, text=(0, 3, 4)).markdown()
 

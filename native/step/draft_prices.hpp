@@ -3,7 +3,8 @@
 // A row costs what the step takes longer with it, and gives a token with the chance that its draft and
 // those before it are right. The caller says what steps take by their number of rows (plb_drafts); what
 // they took is counted for it. A step may take longer than was said, and its drafts be wrong: what that
-// has lost, and may lose at worst, is never more than the caller's credit.
+// has lost, and may lose at worst, is never more than the caller's credit. A new graph is paid by the steps
+// that follow; else it would use up the credit, and they would never come.
 #pragma once
 
 #include "plb.h"
@@ -45,7 +46,7 @@ public:
         int32_t n_slots;
     };
 
-    plb_draft_graph graph; // `computed` tells it as well
+    plb_draft_graph graph; // `choose` and `computed` change it
 
     void begin(); // of a run
     void computed(const step & step);

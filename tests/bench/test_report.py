@@ -85,6 +85,22 @@ def test_runs_of_the_same_arms_and_code_are_one() -> None:
     assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
 
 
+def test_another_sampling_is_another_table() -> None:
+    """A later run of one of them alone counts for this one. What samples nothing is beside all."""
+    rows = [replace(row("ours", v), sampling=s) for v, s in ((1.0, "greedy"), (2.0, "default"))]
+    rows.append(replace(row("ours", 3.0, run=2), sampling="greedy"))
+    groups = latest(runs_of(rows))
+    assert [[made.speed_tg for made in mine] for mine in groups.values()] == [[2.0], [3.0]]
+    target = Target("ours over itself", speed_ratio("ours", "ours", 1))
+    text = report(rows, {"decode": bench(TARGETS=(target,))})
+    assert re.findall(r"\| ours over itself \| .* \| m-Q4_K_M, .*sampling (\w+) \|", text) == [
+        "default",
+        "greedy",
+    ]
+    (group,) = latest(runs_of([*rows[:1], replace(row("base", 9.0), sampling="none")])).values()
+    assert {made.arm for made in group} == {"ours", "base"}
+
+
 def test_a_later_run_of_fewer_loads_does_not_judge_the_others() -> None:
     """A figure of any load, the smallest: a run that has one load has no word on the rest."""
 
