@@ -40,7 +40,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 OFF, WATCHES, KNOWS = "off", "watches", "knows"
 PROMPT = 64  # tokens
 PROMPTS = 2  # different ones at most, of a round
-KNOWN, DRAFTED = 4, 64  # tokens of a text: before a place of an answer, and behind it
+KNOWN, DRAFTED = 4, 32  # tokens of a text: before a place of an answer, and behind it
 SAMPLING = "acceptance "
 
 
