@@ -18,7 +18,7 @@ from .step import PromptChunk, Step
 from .view import Limits, Plan
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
-AT_WORST = 4  # of those with drafts, each of which may have far more rows than will stay
+AT_WORST = 16  # of those with drafts, each of which may have far more rows than will stay
 
 Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
