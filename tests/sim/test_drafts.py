@@ -141,6 +141,23 @@ def test_nor_in_any_round(n: int, acceptance: float) -> None:
         assert ratios[-1] > 1.5
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_nor_where_a_pool_is_full(n: int) -> None:
+    """Of cached prefixes. The room that drafts might need makes no call short for long."""
+    cost = CostModel.fit(
+        shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=True, n_ubatch=512
+    )
+    shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": True}
+    requests = [one(r * n + i, 60.0 * r, 64, 512) for r in range(8) for i in range(n)]
+
+    def rounds(speculate: bool) -> F64:
+        spec = replace(EngineSpec.of(cost, speculate=speculate, **shape), overhead=1e-3)
+        share = 0.0 if speculate else None
+        return ends(simulate([replace(r, acceptance=share) for r in requests], spec), n)
+
+    assert (rounds(False) / rounds(True)).min() > 0.995
+
+
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_the_first_steps_of_a_device_may_be_slow(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them wait for memory. Drafts go on: what that took is no price of theirs."""
