@@ -137,6 +137,8 @@ class StepTimes:
 
     def _factors(self) -> tuple[list[int], Seconds]:
         """Numbers of rows, ascending, and their factors."""
+        if not self._known:
+            return [1], np.ones(1)
         known = sorted(self._known)
         factors, weights, _ = np.array([self._known[n] for n in known]).T
         octaves = np.log2(known)
@@ -149,7 +151,7 @@ class StepTimes:
         """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
         them. plain: rows and factor of steps without drafts, where these times are of others."""
         rows = np.arange(len(said))
-        known, factors = self._factors() if self._known else ([], np.zeros(0))
+        known, factors = self._factors()
         if plain is not None:
             first = int(np.searchsorted(known, plain[0], side="right"))
             known, factors = [plain[0], *known[first:]], np.append(plain[1], factors[first:])
@@ -284,8 +286,8 @@ class Drafting:
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-        goes_on = not drafted.n_drafted and np.array_equal(owner, self._calm_owner)
-        self._calm_owner, self._n_calm = owner, n_steps + (self._n_calm if goes_on else 0)
+        calm = self._n_calm if np.array_equal(owner, self._calm_owner) else 0
+        self._calm_owner, self._n_calm = owner, 0 if drafted.n_drafted else calm + n_steps
         if cost is None:  # prompts: they have no drafts
             return
         times = self.drafted if asked else self.times

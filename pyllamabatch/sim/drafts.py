@@ -1,7 +1,7 @@
 """Drafts in virtual time: what each step of a call has of them, and what comes of it.
 
 A step decides as the native one does (`plb_draft_rows` in native/step/plb_drafts.h), by the prices
-of the plan and by the rows of the last one with drafts, whose graph is there. Of a request's
+of the plan and by what the steps before have left (`Before`). Of a request's
 drafted tokens the next one is right with its acceptance as probability, be it the first or the
 fourth; a draft is found in every step. The same request has the same luck in any run."""
 
