@@ -41,16 +41,16 @@ void draft_prices::views(plb_drafts & out) {
     out.ns_timed = ns_timed_.data();
 }
 
-// Whether a step of so many rows gives more tokens a second than `best`, which it becomes, and can't lose
-// more than the credit, of which no more new graph has what those before have not paid yet.
-bool draft_prices::better(float tokens, int32_t n_rows, float a_token, float & best) const {
+// Whether a step of so many rows is faster than the goal, which it becomes, and can't lose more than the
+// credit; of that a further new graph has only what those before don't owe.
+bool draft_prices::better(float tokens, int32_t n_rows, goal & than) const {
     const float whole = new_graph(n_rows), spare = whole > 0 ? credit_ - graph.owed : credit_;
-    const float seconds = seconds_[(size_t) n_rows] + (pays_graph_ ? whole : 0);
-    if (!(seconds_[(size_t) n_rows] > 0) || worst_[(size_t) n_rows] + whole - tokens * a_token > spare ||
-        tokens <= best * seconds) {
+    const float seconds = seconds_[(size_t) n_rows] + (than.pays_graph ? whole : 0);
+    if (!(seconds_[(size_t) n_rows] > 0) || worst_[(size_t) n_rows] + whole - tokens * than.a_token > spare ||
+        tokens <= than.speed * seconds) {
         return false;
     }
-    best = tokens / seconds;
+    than.speed = tokens / seconds;
     return true;
 }
 
@@ -68,11 +68,9 @@ int32_t draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, b
     };
     const auto of = [&](bool pays_graph) {
         none();
-        pays_graph_ = pays_graph;
-        float best = (1 + gain_) / a_token;
-        const int32_t n_rows = even ? choose_even(offers, width, a_token, best)
-                                    : choose_each(offers, width, a_token, best);
-        return choice{n_rows, n_rows > width ? best : 1 / a_token};
+        goal best{a_token, pays_graph, (1 + gain_) / a_token};
+        const int32_t n_rows = even ? choose_even(offers, width, best) : choose_each(offers, width, best);
+        return choice{n_rows, n_rows > width ? best.speed : 1 / a_token};
     };
     const choice free = of(false);
     if (free.n_rows == width || !(new_graph(free.n_rows) > 0)) {
@@ -85,8 +83,7 @@ int32_t draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, b
     return graph.missed < graph_ ? now.n_rows : of(false).n_rows;
 }
 
-int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token,
-                                  float & best) {
+int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t width, goal & best) {
     int32_t longest = 0, most = 0, n_rows = width;
     for (const draft_offer & offer : offers) {
         longest = std::max(longest, offer.n);
@@ -96,7 +93,7 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
         for (const draft_offer & offer : offers) {
             tokens += k <= offer.n ? offer.chance[k - 1] : 0;
         }
-        if (better(tokens, width * (k + 1), a_token, best)) {
+        if (better(tokens, width * (k + 1), best)) {
             most   = k;
             n_rows = width * (k + 1);
         }
@@ -104,7 +101,7 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
     const int32_t filled = graph.n_rows / width - 1; // drafted rows of each, some of which only fill up
     const bool fills = longest > 0 && graph.n_rows < n_priced_ && graph.n_rows % width == 0 &&
                        filled > longest && filled <= n_draft_max_;
-    if (fills && better(tokens, graph.n_rows, a_token, best)) {
+    if (fills && better(tokens, graph.n_rows, best)) {
         most   = longest;
         n_rows = graph.n_rows;
     }
@@ -114,8 +111,7 @@ int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t wid
     return n_rows;
 }
 
-int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token,
-                                  float & best) {
+int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t width, goal & best) {
     auto tokens = (float) offers.size();
     int32_t n_best = 0, n = 0, n_rows = width;
     const auto likeliest = [&]() -> draft_offer * {
@@ -130,12 +126,12 @@ int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t wid
     };
     for (draft_offer * next = likeliest(); next && width + n + 1 < n_priced_; next = likeliest()) {
         tokens += next->chance[next->chosen++];
-        if (better(tokens, width + ++n, a_token, best)) {
+        if (better(tokens, width + ++n, best)) {
             n_best = n;
             n_rows = width + n;
         }
     }
-    if (n > 0 && graph.n_rows < n_priced_ && graph.n_rows > width + n && better(tokens, graph.n_rows, a_token, best)) {
+    if (n > 0 && graph.n_rows < n_priced_ && graph.n_rows > width + n && better(tokens, graph.n_rows, best)) {
         n_best = n;
         n_rows = graph.n_rows;
     }

@@ -52,9 +52,16 @@ public:
     void computed(const step & step);
 
 private:
-    bool better(float tokens, int32_t n_rows, float a_token, float & best) const;
-    int32_t choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token, float & best);
-    int32_t choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token, float & best);
+    // That a step is to beat.
+    struct goal {
+        float a_token;    // seconds without drafts
+        bool  pays_graph; // it alone pays for a new graph
+        float speed;      // tokens a second
+    };
+
+    bool better(float tokens, int32_t n_rows, goal & than) const;
+    int32_t choose_even(std::vector<draft_offer> & offers, int32_t width, goal & best);
+    int32_t choose_each(std::vector<draft_offer> & offers, int32_t width, goal & best);
     float new_graph(int32_t n_rows) const { return n_rows == graph.n_rows ? 0 : graph_; }
     bool  settled(const step & step);
 
@@ -66,7 +73,6 @@ private:
     float   credit_   = 0;
     float   gain_     = 0;
     float   graph_    = 0;
-    bool    pays_graph_ = true; // the next step, alone
     int32_t n_same_   = 0;     // steps with that graph since it was new
     int32_t n_before_ = 0;     // rows of the step before, if it had drafts
     int32_t width_    = 0;     // of the last choice
