@@ -49,7 +49,7 @@ class Cells:
         elif operation.kind == "trim":
             assert can.trim
             assert 0 < n < len(held)
-            assert not can.window or len(held) <= can.window
+            assert not can.window or can.tries or len(held) <= can.window
             self.slots[slot] = held[:n]
         elif operation.kind == "cut":
             self.slots[slot] = held[:n]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
-from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.kv_options import Pool
 from tests.support.cells import Cells
+from tests.support.same_bits import SameBits
 
 NEVER = 10**9
 STEP_SECONDS = 0.1
@@ -38,7 +39,8 @@ class Machine:
     - tokens: what each sequence knows. generated: how many it has sampled. ends: after how many of
       these it ends.
     - owner: slot -> id. first_rows: ids in the order they first ran. done: in the order they ended.
-    - moved: operations, by kind.
+    - alike: what they sample is the same behind the same tokens.
+    - moved: operations, by kind. refuses: so many of the next ones that can fail do.
     - costs: what steps take from then on that the cells become "pool" or "streams". renewal_s: what
       it takes that they become so.
     """
@@ -52,11 +54,13 @@ class Machine:
         retain: bool = True,
         swap: Any = "recompute",
         pool: Pool | None = None,
+        invariance: Invariance | None = None,
         costs: Mapping[str, StepCost] | None = None,
         **options: Any,
     ) -> None:
         choice = swap if isinstance(swap, SwapChoice) else SwapChoice(swap)
-        kv = KvOptions(sharing or Sharing(), retain, choice, pool)
+        kv = KvOptions(sharing or Sharing(), retain, choice, pool, invariance)
+        self.bits = None if invariance is None else SameBits(invariance)
         self.costs = costs or {}
         self.renewal_s = 0.0
         self.scheduler = Scheduler(limits, policy, kv=kv, **options)
@@ -70,6 +74,8 @@ class Machine:
         self.first_rows: list[int] = []
         self.done: list[int] = []
         self.moved: Counter[str] = Counter()
+        self.alike = False
+        self.refuses = 0
         self._fresh = count(1000)
 
     # -- sequences come and go
@@ -96,27 +102,39 @@ class Machine:
     def add_interactive(self, id: int, n_prompt: int, **facts: Any) -> None:
         self.add(id, n_prompt, arrival=self.now, interactive=True, **facts)
 
-    def extend(self, id: int, n: int) -> None:
-        self.scheduler.check_fits(len(self.tokens[id]) + n, 1)
-        self.tokens[id] += islice(self._fresh, n)
+    def extend(self, id: int, n: int, *, alike: bool = False) -> None:
+        """`alike`: as another one goes on that knows as many tokens."""
+        known = len(self.tokens[id])
+        self.scheduler.check_fits(known + n, 1)
+        self.tokens[id] += range(known, known + n) if alike else islice(self._fresh, n)
         self.scheduler.interactive.extend(id, n)
+
+    def restore(self, id: int) -> None:
+        """The interactive sequence is what it was when it was saved, and computed as far as now."""
+        tokens, slot = self.tokens[id], self.scheduler.slot(id)
+        self.scheduler.check_fits(len(tokens), 1)
+        how = self.scheduler.interactive.how_computed(id)
+        n = self.memory.held(slot) if slot is not None and self.scheduler.loads(how) else 0
+        self.remove(id)
+        self.add_interactive(id, len(tokens), tokens=tokens, saved=n, restored=how)
+        self.carry_out()
 
     def trim(self, id: int, known: int) -> None:
         cached, slot = self.scheduler.interactive.trim(id, known), self.scheduler.slot(id)
         before = 0 if slot is None else self.memory.held(slot)
         del self.tokens[id][known:]
-        self.carry_out()
-        assert cached == min(before, known - 1)
-        if slot is not None:
+        stays = known - 1 if self.bits is None else self.bits.trim(id, known)
+        assert cached == min(before, stays)
+        if self.carry_out() and slot is not None:
             assert self.memory.held(slot) == cached
 
-    def remove(self, id: int, *, worth: bool = True) -> None:
-        slot = self.scheduler.remove(id, worth=worth)
+    def remove(self, id: int, *, worth: bool = True, wanted: bool = False) -> None:
+        slot = self.scheduler.remove(id, worth=worth, wanted=wanted)
         assert slot is None or self.owner[slot] == id
         self.leave(slot)
 
-    def preempt(self, id: int) -> None:
-        self.leave(self.scheduler.preempt(id))
+    def preempt(self, id: int, *, worth: bool = True) -> None:
+        self.leave(self.scheduler.preempt(id, worth=worth))
 
     def leave(self, slot: int | None) -> None:
         """The scheduler says that none runs in `slot` any more."""
@@ -127,6 +145,12 @@ class Machine:
     def drop_cached(self) -> None:
         self.scheduler.drop_cached()
         self.carry_out()
+
+    def fresh_context(self) -> None:
+        """All that runs is computed again."""
+        for id in reversed(self.scheduler.running_ids()):
+            self.preempt(id, worth=False)
+        self.drop_cached()
 
     # -- steps
 
@@ -139,8 +163,7 @@ class Machine:
     def step(self) -> Step | None:
         """The next step that has something to compute, when it is time for it, computed."""
         step = self._plan()
-        if step is not None:
-            self.place(step)
+        if step is not None and self.place(step):
             self.compute_parts(step)
         return step
 
@@ -175,7 +198,8 @@ class Machine:
         step = self._plan()
         if step is None:
             return None
-        self.place(step)
+        if not self.place(step):
+            return step, 0
         if step.repeat == 1:
             self.compute_parts(step)
             return step, 1
@@ -190,9 +214,35 @@ class Machine:
         self.check()
         return step, n
 
-    def carry_out(self, operations: Iterable[KvOperation] | None = None) -> None:
-        """The operations; default: those that were decided since the last step."""
+    def alone(self, step: Step, n: int) -> None:
+        """`step`, which was computed, `n` times more, of an interactive sequence whose owner asks
+        for as many tokens without a word."""
+        (slot,) = step.decode.tolist()
+        id = self.owner[slot]
+        for _ in range(n):
+            self._grow(slot, 1)
+            if self.bits is not None:
+                self.bits.computed(step, self.owner, {id: len(self.tokens[id])})
+            self._sample(id)
+        assert self.memory.used <= self.limits.n_cells
+        assert self.memory.held(slot) <= self.limits.n_cells_seq
+        self.now += n * STEP_SECONDS
+        self.scheduler.advance_alone(step, n, self.now, STEP_SECONDS)
+        self.check()
+
+    def carry_out(self, operations: Iterable[KvOperation] | None = None) -> bool:
+        """The operations; default: those that were decided since the last step. False when a
+        sequence could not go on from there: a step that has rows of it is void."""
+        failed: set[int] = set()
         for operation in self.scheduler.take_kv_operations() if operations is None else operations:
+            if operation.id in failed and operation.kind in ("copy", "trim", "load"):
+                continue
+            if self._refused(operation):
+                self.moved["refused"] += 1
+                failed |= self._fail(operation)
+                continue
+            if self.moved["refused"] and self._is_gone(operation):
+                continue
             self.moved[operation.kind] += 1
             if operation.kind == "trim" and operation.slot in self.filled:
                 assert operation.n == self.filled.pop(operation.slot)
@@ -207,29 +257,77 @@ class Machine:
                     self.scheduler.renewed(self.costs[operation.kind], self.renewal_s)
                 continue
             self.memory.carry_out(operation, self.tokens.get(operation.id, ()))
+            if self.bits is not None:
+                self.bits.carry_out(operation)
+        if failed:
+            self.carry_out()  # they have left their slots
+        return not failed
 
-    def place(self, step: Step) -> None:
+    def _refused(self, operation: KvOperation) -> bool:
+        """Whether the memory does, be it because of what was refused before."""
+        kind, id, memory = operation.kind, operation.id, self.memory
+        if self.refuses and kind in ("copy", "save", "load", "store", "cut"):
+            self.refuses -= 1
+            return True
+        if not self.moved["refused"]:
+            return False
+        if kind == "copy":
+            held = memory.held(operation.source)
+            return held != operation.n if operation.whole else held < operation.n
+        return kind == "load" and len(memory.saved.get(id, ())) != operation.n
+
+    def _is_gone(self, operation: KvOperation) -> bool:
+        """Whether what was refused before has left nothing to do."""
+        if operation.kind == "discard":
+            return operation.id not in self.memory.saved
+        if operation.kind == "trim":
+            return operation.slot not in self.memory.slots
+        if operation.kind != "save" or self.memory.held(operation.slot) == operation.n:
+            return False
+        self.memory.saved[operation.id] = []  # with what was to be cut off: it can't be loaded
+        return True
+
+    def _fail(self, operation: KvOperation) -> set[int]:
+        """The id of the sequence that has to be computed again for that, if there is one."""
+        if operation.kind == "load":
+            self.memory.saved.pop(operation.id, None)
+        preempted = self.scheduler.kv_failed(operation)
+        if preempted is None:
+            return set()
+        id, slot = preempted
+        assert self.owner.pop(slot) == id
+        return {id}
+
+    def place(self, step: Step) -> bool:
+        """Whether it can be computed: see `carry_out`."""
         assert step.n_slots == len(step.slots)
         for id, slot in step.preempted:
             assert self.owner.pop(slot) == id
         moved = {id: self.memory.tokens(source) for id, source, _ in step.moved}
-        self.carry_out(step.kv_operations)
-        assert not self.filled
-        self.filled = {chunk.slot: chunk.start + chunk.n for chunk in step.chunks if chunk.fill}
         for id, source, slot in step.moved:
             assert self.owner.pop(source) == id
             assert slot not in self.owner
-            assert self.memory.tokens(slot) == moved[id]
             self.owner[slot] = id
         for id, slot in step.admitted:
             assert slot not in self.owner
             self.owner[slot] = id
+        whole = self.carry_out(step.kv_operations)
+        assert not self.filled
+        self.filled = {chunk.slot: chunk.start + chunk.n for chunk in step.chunks if chunk.fill}
+        for id, _, slot in step.moved:
+            assert not whole or self.memory.tokens(slot) == moved[id]
+        for id, slot in step.admitted:
+            if self.owner.get(slot) != id:  # what it was to start from was refused
+                continue
             self.memory.write(slot, ())
             held = self.memory.tokens(slot)
             assert held == self.tokens[id][: len(held)]
+            if self.bits is not None:
+                self.bits.placed(id, slot)
             if id not in self.first_rows:
                 self.first_rows.append(id)
         assert len(self.owner) <= self.limits.n_seq_max
+        return whole
 
     def compute_parts(self, step: Step) -> None:
         for part in (step,) if self.limits.unified else step.parts():
@@ -239,6 +337,9 @@ class Machine:
         rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
         assert rows == step.n_rows <= self.limits.n_batch - step.n_fill
         assert step.n_slots == len(step.slots)
+        if self.bits is not None:
+            n_known = {id: len(tokens) for id, tokens in self.tokens.items()}
+            self.bits.computed(step, self.owner, n_known)
         prompts = [chunk.slot for chunk in step.chunks]
         assert len(prompts) == len(set(prompts))
         for chunk in step.chunks:
@@ -260,11 +361,14 @@ class Machine:
             self.scheduler.advance(step)
             self.carry_out()
         for id in sampled:
-            self.generated[id] += 1
-            self.tokens[id].append(next(self._fresh))
+            self._sample(id)
         if advance:
             self._end(sampled)
             self.check()
+
+    def _sample(self, id: int) -> None:
+        self.generated[id] += 1
+        self.tokens[id].append(len(self.tokens[id]) if self.alike else next(self._fresh))
 
     def _grow(self, slot: int, n: int) -> int:
         """`n` more cells for the sequence in `slot`; how many it has then."""
