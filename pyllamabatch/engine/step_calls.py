@@ -1,5 +1,6 @@
 """StepCalls: the native calls that a step is made of, what each is told, and what it tells."""
 
+from math import isfinite
 from time import thread_time
 
 import numpy as np
@@ -102,7 +103,9 @@ class StepCalls:
         seconds = 0.0 if call.chunks else run.seconds
         if drafting.passes(run.n_steps, seconds, asked=bool(call.drafts)):
             return None
-        gained = None if call.prices is None else float(drafts.credit[0]) - self._credit
+        gained = None
+        if call.prices is not None and isfinite(call.prices.credit):
+            gained = float(drafts.credit[0]) - self._credit
         self._gained += gained or 0.0
         timed = threads is None or not threads.tries
         rows = slice(self._n_timed)

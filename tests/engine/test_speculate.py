@@ -1,6 +1,7 @@
 """An engine that speculates: the same answers in fewer steps, and its accounts agree."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pyllamabatch.server.tokens import timings
 from tests.support.decoding import loaded, with_mtp
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.made_up_costs import Linear
-from tests.support.speculating import LOOP, PROMPTS, always, check_mixes, engine_of
+from tests.support.speculating import LOOP, PROMPTS, always, check_mixes, engine_of, priced
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
 
@@ -99,6 +100,16 @@ def test_requests_that_have_ended_are_drafted_from(model: Model) -> None:
     with pytest.raises(ArgumentError, match="corpus"):
         Ngram(corpus=-1)
     assert str(make_drafter("ngram:corpus=1000")) == "ngram:corpus=1000"
+
+
+def test_a_policy_may_give_any_credit(model: Model) -> None:
+    """What drafts have gained is known all the same."""
+    cost: Any = Linear(10.0)
+    with engine_of(model, speculate="ngram", cost=cost, policy=priced(0.0, inf)) as engine:
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        engine.submit(PROMPTS[0], greedy(60)).result()
+        assert drafting.credit < inf
 
 
 def test_an_engine_drafts_without_being_asked_where_that_is_possible(model: Model) -> None:

@@ -36,7 +36,7 @@ def always(most: int, steps: int) -> ComposedPolicy:
     return ComposedPolicy(repeat=2**31, speculate=speculate)
 
 
-def priced(new_graph: float) -> ComposedPolicy:
+def priced(new_graph: float, credit: float = 10.0) -> ComposedPolicy:
     """As many drafts as pay: rows cost little, a graph of another size `new_graph` seconds."""
 
     def speculate(builder: PlanBuilder) -> Speculation:
@@ -44,7 +44,7 @@ def priced(new_graph: float) -> ComposedPolicy:
         assert drafts is not None
         seen = drafts()
         seconds = 0.008 + 0.00005 * np.arange(seen.room + 1, dtype=np.float64)
-        prices = Prices(seconds, seconds, 10.0, 0.0, new_graph)
+        prices = Prices(seconds, seconds, credit, 0.0, new_graph)
         return Speculation(dict.fromkeys(seen.ids, seen.n_max), 16, prices)
 
     return ComposedPolicy(repeat=2**31, speculate=speculate)
