@@ -47,9 +47,7 @@ _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something 
 _FEW = 2  # steps in a row, which can't show that: the first ones of a kind may take much longer
 _ENOUGH = 8  # steps without drafts that are timed before those with drafts are compared with them,
 _AGAIN = 4  # of a call that only times some once more,
-_NEW = (
-    2  # and more than are wanted: the first ones of a call may have a new graph, and tell nothing
-)
+_NEW = 2  # and more of a call than that: its first ones may have a new graph, and tell nothing
 _RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise,
 # and looks' or turns' time, that one look may have lost
