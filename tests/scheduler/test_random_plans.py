@@ -191,7 +191,7 @@ class Lives:
 
     def act(self, what: str, which: int, n: int) -> None:
         machine, scheduler, most = self.machine, self.machine.scheduler, self.most
-        id = len(machine.tokens)
+        id = 1 + len(machine.tokens)  # 0 in a KV operation: of no sequence
         if what in ("request", "interactive") and len([*scheduler.sequences.all()]) > CROWD:
             what = "step"
         facts: dict[str, Any] = {
