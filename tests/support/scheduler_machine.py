@@ -259,7 +259,7 @@ class Machine:
             self.memory.carry_out(operation, self.tokens.get(operation.id, ()))
             if self.bits is not None:
                 self.bits.carry_out(operation)
-        if failed:
+        if failed and operations is None:
             self.carry_out()  # they have left their slots
         return not failed
 
@@ -327,6 +327,8 @@ class Machine:
             if id not in self.first_rows:
                 self.first_rows.append(id)
         assert len(self.owner) <= self.limits.n_seq_max
+        if not whole:
+            self.carry_out()
         return whole
 
     def compute_parts(self, step: Step) -> None:
