@@ -240,8 +240,9 @@ class PrefixCache:
         target, held = min(empty), self._accounting.held(slot)
         self._free.remove(target)
         known, stops = self._known.get(slot), self._stops.get(slot)
-        self._accounting.share(slot, target, held)
-        self.kv_operations.append(KvOperation("copy", target, slot, held, True, id))
+        if held:
+            self._accounting.share(slot, target, held)
+            self.kv_operations.append(KvOperation("copy", target, slot, held, True, id))
         self._forget(slot)
         if known is not None:
             self._learn(target, known[1], known[0][0])

@@ -66,6 +66,26 @@ def test_the_one_that_moved_knows_all_and_goes_on() -> None:
         assert machine.scheduler.sequence(id).generated == machine.generated[id]
 
 
+def test_one_that_holds_nothing_moves_as_well() -> None:
+    """An interactive sequence of which one token is left: it is computed when it is asked."""
+    swap = SwapChoice("recompute", stream_seconds=15e-3)
+    machine = Machine(STREAMS, cost=parts(), sharing=COPIES, retain=False, swap=swap)
+    for id in range(7):
+        machine.add(id, 4, 60, end=ENDS.get(id, 50))
+    machine.next_step()
+    machine.add_interactive(7, 3)
+    machine.next_step()
+    machine.trim(7, 1)
+    slot = machine.scheduler.slot(7)
+    assert slot is not None
+    assert (slot, machine.scheduler.accounting.held(slot)) == (7, 0)
+    moved = next(step.moved for step in machine.steps() if step.moved)
+    assert moved == ((7, 7, 0), (6, 6, 3))
+    machine.scheduler.interactive.ask(7)
+    machine.run()
+    assert machine.generated[7] == 1
+
+
 def test_what_is_known_of_its_drafts_goes_with_it() -> None:
     machine = machine_of(limits=replace(STREAMS, n_draft_max=2))
     drafting, running = machine.scheduler.drafting, machine.scheduler.sequences.running

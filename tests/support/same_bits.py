@@ -59,7 +59,7 @@ class SameBits:
             rows += [(chunk.slot, at, one) for at in range(chunk.start, chunk.start + chunk.n)]
         rows += [(slot, known[owner[slot]] - 1, None) for slot in step.decode.tolist()]
         for slot, at, one in rows:
-            how, held = self.by_id[owner[slot]], self._by_slot[slot]
+            how, held = self.by_id[owner[slot]], self._by_slot.setdefault(slot, [])
             assert len(held) == at <= len(how)
             held.append(one)
             if at == len(how):

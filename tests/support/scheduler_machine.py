@@ -308,6 +308,7 @@ class Machine:
             assert self.owner.pop(source) == id
             assert slot not in self.owner
             self.owner[slot] = id
+            self.memory.write(slot, ())
         for id, slot in step.admitted:
             assert slot not in self.owner
             self.owner[slot] = id
