@@ -17,6 +17,7 @@ using plb::draft_offer;
 using plb::draft_prices;
 
 constexpr int32_t N_ROWS = 32;
+constexpr int64_t SECOND = 1000000000; // in nanoseconds
 constexpr std::array<float, 4> GOOD = {0.9f, 0.8f, 0.7f, 0.6f}, BAD = {0.05f, 0.01f, 0.0f, 0.0f};
 
 // Prices of steps that take `first` seconds and `more` for each row behind the first.
@@ -83,7 +84,6 @@ void steps_are_timed_and_paid_for() {
     draft_prices prices(N_ROWS, 4);
     plb_drafts views = priced(prices, 1, 0.5f, 0);
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
-    constexpr int64_t SECOND = 1000000000;
     prices.begin();
     prices.choose(offers, 1, false);
     prices.computed({1, false, true, SECOND, 1, 1});
@@ -121,7 +121,6 @@ void a_dear_graph_stays() {
     plb_drafts views = priced(prices, 1, 0.05f, 100);
     *views.new_graph = 1;
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
-    constexpr int64_t SECOND = 1000000000;
     prices.begin();
     CHECK(prices.choose(offers, 1, false) == 5);
     const auto computed = [&](bool reused) { prices.computed({5, true, reused, SECOND, 4, 1}); };
@@ -163,7 +162,7 @@ void a_new_graph_pays_in_the_steps_to_come() {
             ++n_plain;
         }
         CHECK(n_plain == 7); // each would have been 0.7 s shorter: 4 tokens in 1.2 s
-        prices.computed({5, true, false, 1000000000, 4, 1});
+        prices.computed({5, true, false, SECOND, 4, 1});
         CHECK(prices.choose(offers, 1, even) == 5 && offers[0].chosen == 4);
         prices.graph = {};
     }
@@ -193,7 +192,6 @@ void steps_to_come_pay_for_a_new_graph() {
     plb_drafts views = priced(prices, 1, 0.05f, 5);
     *views.new_graph = 4;
     std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
-    constexpr int64_t SECOND = 1000000000;
     prices.begin();
     prices.graph.missed = 9;
     CHECK(prices.choose(offers, 1, false) == 5);

@@ -88,8 +88,8 @@ def decide(step: Step, n_most: Sequence[int], luck: Sequence[Luck], limits: Limi
     if any(chosen):  # some may only fill up
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch)
         rows = max(rows, min(wanted, room if even else min(room, n + sum(step.drafts.values()))))
-    if any(chosen) and rows != before.n_rows:
-        before = before._replace(n_rows=rows, missed=0.0)
+        if rows != before.n_rows:
+            before = before._replace(n_rows=rows, missed=0.0)
     return StepOf(chosen, rows, width, before)
 
 
