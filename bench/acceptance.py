@@ -11,17 +11,19 @@ a while, on a device that is as warm. It has forgotten the answers themselves. A
 texts before each run; `watches` knows what drafts would be, and never has any: what it loses is no
 decision's loss.
 
-Each run has an engine of its own, and a process's first one is not measured: on a GPU it is some
-percent quicker than all that follow. Two that are alike differ by some percent as long as they
-live: pairs of runs of the same two would tell more of these than of drafts.
+Each run has a process of its own, as engines of users have. What one process makes first is some
+percent quicker on a GPU than what follows, and two engines of it that are alike differ for as long
+as they live.
 """
 
-import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from math import inf
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from bench.speculates import EngineSpeculates
 from bench.targets import Target, speed_ratio
 from pyllamabatch.engine.drafters import Ngram
 from pyllamabatch.llama.model import Model
+from pyllamabatch.report.meters import OtherCores
 from pyllamabatch.scheduler.policies.device_aware import device_aware
 from pyllamabatch.scheduler.policies.speculate import ByGain
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -128,30 +131,37 @@ class Known(EngineSpeculates):
         return SamplingParams(temperature=0, max_tokens=self.case.tg, ignore_eog=True, seed=seed)
 
 
-def arms(model: Model, learn: float) -> list[ServeArm]:
+def arms(learn: float) -> list[ServeArm]:
     """learn: seconds of decoding."""
-    first = True
-
-    def engine(case: Case, *, drafts: bool, never: bool = False) -> Measured:
-        nonlocal first
-        if first:
-            first = False
-            engine(case, drafts=False)
-        options: dict[str, Any] = {}
-        if never:  # one policy object serves one engine
-            options["policy"] = replace(device_aware(), speculate=ByGain(inf))
-        one = Known(case, model, drafts=drafts, learn=learn, options=options)
-        with contextlib.closing(one):
-            one.warm_up()
-            return one.run(0)
 
     def each_time(case: Case, **how: Any) -> Tool:
-        return Tool(case, partial(engine, **how))
+        return Tool(case, partial(apart, learn=learn, **how))
 
-    includes = "Engine in this process, a thread for each reader; no HTTP"
+    includes = "Engine of a process of its own, a thread for each reader; no HTTP"
     how: dict[str, dict[str, Any]] = {
         OFF: {"drafts": False},
         WATCHES: {"drafts": True, "never": True},
         KNOWS: {"drafts": True},
     }
     return [ServeArm(name, includes, partial(each_time, **each)) for name, each in how.items()]
+
+
+def apart(case: Case, **how: Any) -> Measured:
+    """`once` in a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(once, case, **how).result()
+
+
+def once(case: Case, *, learn: float, drafts: bool, never: bool = False) -> Measured:
+    options: dict[str, Any] = {}
+    if never:
+        options["policy"] = replace(device_aware(), speculate=ByGain(inf))
+    with (
+        Model(case.model.path, n_gpu_layers=case.n_gpu_layers) as model,
+        closing(Known(case, model, drafts=drafts, learn=learn, options=options)) as one,
+    ):
+        one.warm_up()
+        watch = OtherCores()
+        measured = one.run(0)
+        measured.detail["other_cpu"] = round(watch.used(), 3)
+        return measured

@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
     inside = InProcess.of(options)
     if options.acceptance:
         kinds = [acceptance.sampling_of(share) for share in acceptance.shares(options.acceptance)]
-        arms = choose(options.arms, acceptance.arms(inside.model, options.learn))
+        arms = choose(options.arms, acceptance.arms(options.learn))
         return _show(options, inside, arms, kinds, options.acceptance)
     arms = choose(options.arms, all_arms(inside, drafter_of(options)))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):

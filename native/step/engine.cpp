@@ -15,7 +15,6 @@ constexpr int32_t N_LOGPROBS_LIMIT = 1024;
 constexpr int32_t N_STEPS_LIMIT    = 65536;
 constexpr int32_t N_THREADS_LIMIT  = 512;
 constexpr int32_t N_VOCAB_WORTH    = 16384;
-constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 1 << 30;
 
 void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs,
               int32_t n_steps) {
@@ -73,9 +72,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
         return;
     }
     bool ask = mode == PLB_DEVICE_SAMPLING_ON, known = false;
-    // libllama sets memory aside for three more rows of the vocabulary's size for each output.
-    const int64_t more = (int64_t) 3 * sizeof(float) * n_vocab * engine.n_outputs_max;
-    if (!ask && n_vocab >= N_VOCAB_WORTH && more <= MORE_BYTES_LIMIT) {
+    if (!ask && n_vocab >= N_VOCAB_WORTH) {
         for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
             ggml_backend_dev_props device = {};
             ggml_backend_dev_get_props(ggml_backend_dev_get(i), &device);

@@ -181,14 +181,11 @@ def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
 
 def device_sampling(model: Model, n_outputs: int) -> Footprint:
     """What a context takes beside, once its device chooses the candidates of each row: a copy of
-    the rows of logits and of one more, and three further rows of each in the host's buffer. Next to
-    nothing is written to these: they take memory where it is pinned. Metal sorts in two more rows
-    of each (ggml-metal.cpp: `ggml_backend_metal_buffer_type_get_alloc_size`)."""
-    row = 4 * model.n_vocab
-    pinned = any(not device.on_mac for device in model.devices())
-    buffer = 3 * n_outputs * row if pinned else 0
-    copies = (n_outputs + 1) * row * (1 if pinned else 3)
-    return Footprint(MemoryPool(compute=copies), MemoryPool(logits=buffer))
+    the rows of logits and of one more. Metal sorts in two more rows of each (ggml-metal.cpp:
+    `ggml_backend_metal_buffer_type_get_alloc_size`)."""
+    on_mac = all(device.on_mac for device in model.devices())
+    copies = (n_outputs + 1) * 4 * model.n_vocab
+    return Footprint(MemoryPool(compute=(3 if on_mac else 1) * copies))
 
 
 def by_size(weights: int, n_ctx: int, kv_per_cell: int, graphs: int, machine: Machine) -> Footprint:

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
+from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
 from tests.support.decoding import begin, write
@@ -246,6 +248,62 @@ def test_rows_that_fill_up_leave_a_step_on_the_device(model: Model) -> None:
             drafts.seconds[:] = drafts.worst[:] = 1 + 0.01 * np.arange(n_priced)
             drafts.n_priced[0], drafts.credit[0], drafts.new_graph[0] = n_priced, 100, 0.5
     assert tokens == [known[: len(got)] for known, got in zip(right, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("n_ubatch", [128, 4])
+def test_libllamas_own_samplers_give_each_row_what_is_its_own(
+    model: Model, kv_unified: bool, n_ubatch: int
+) -> None:
+    """Several rows of a sequence, in any order and in several graphs: `vendor/patches/
+    verified-rows.patch` keeps what they give one behind the other, as long as it is."""
+    how = EXACT | {"kv_unified": kv_unified, "n_ubatch": n_ubatch, "n_outputs_max": 3 * N_SEQ}
+    random = np.random.default_rng(n_ubatch)
+    with (
+        context_of(model, n_outputs_max_per_seq=3, **how) as context,
+        context_of(model, **how) as plain,
+    ):
+        chains = []
+        for seq in range(N_SEQ):
+            chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(5 + 300 * seq))
+            assert lib.llama_set_sampler(context.ptr, seq, chain)
+            chains.append(chain)
+        pos = [0] * N_SEQ
+        for _ in range(12):
+            batch = Batch(3 * N_SEQ)
+            order = random.permutation(np.repeat(np.arange(N_SEQ), 3)[: random.integers(1, 16)])
+            for seq in order.tolist():
+                batch.add(int(random.integers(10, 4000)), pos[seq], [seq], logits=True)
+                pos[seq] += 1
+            context.decode(batch)
+            plain.decode(batch)
+            at = []
+            for i, seq in enumerate(order.tolist()):
+                k = 5 + 300 * seq
+                assert lib.llama_get_sampled_logits_count_ith(context.ptr, i) == k
+                assert lib.llama_get_sampled_candidates_count_ith(context.ptr, i) == k
+                assert lib.llama_get_sampled_probs_count_ith(context.ptr, i) == 0
+                logits = lib.llama_get_sampled_logits_ith(context.ptr, i)
+                ids = lib.llama_get_sampled_candidates_ith(context.ptr, i)
+                row = plain.logits(i)
+                best = np.argsort(-row, kind="stable")[:k]
+                assert sorted(ffi.unpack(ids, k)) == sorted(best.tolist())
+                given = np.frombuffer(ffi.buffer(logits, 4 * k), np.float32)
+                assert given.tolist() == row[ffi.unpack(ids, k)].tolist()
+                at.append((int(ffi.cast("uintptr_t", logits)), 4 * k))
+                at.append((int(ffi.cast("uintptr_t", ids)), 4 * k))
+            ends = [first + n for first, n in sorted(at)]
+            assert ends[:-1] == [first for first, _ in sorted(at)][1:]
+            assert lib.llama_get_logits(context.ptr) == ffi.NULL  # none travelled
+        for seq, chain in enumerate(chains):
+            lib.llama_set_sampler(context.ptr, seq, ffi.NULL)
+            lib.llama_sampler_free(chain)
+        batch = Batch(1)
+        batch.add(20, pos[0], [0], logits=True)
+        context.decode(batch)
+        plain.decode(batch)
+        assert context.logits(0).tolist() == plain.logits(0).tolist()
 
 
 def test_logits_that_are_asked_for_are_there(model: Model) -> None:
