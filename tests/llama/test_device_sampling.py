@@ -3,6 +3,7 @@
 The CPU backend is the device here: the same graph, the same way back to the host."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -250,27 +251,53 @@ def test_rows_that_fill_up_leave_a_step_on_the_device(model: Model) -> None:
     assert tokens == [known[: len(got)] for known, got in zip(right, tokens, strict=True)]
 
 
+def own_chain(kind: str, seq: int) -> Any:
+    """Libllama's own samplers, as `kind` names them."""
+    made = {
+        "top_k": lambda: lib.llama_sampler_init_top_k(5 + 300 * seq),
+        "dist": lambda: lib.llama_sampler_init_dist(seq),
+        "greedy": lib.llama_sampler_init_greedy,
+        "temp": lambda: lib.llama_sampler_init_temp(0.5),
+    }
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    for name in kind.split():
+        lib.llama_sampler_chain_add(chain, made[name]())
+    return chain
+
+
+def sampled(context: Context, what: str, i: int) -> Any:
+    """What libllama says that its samplers gave for row `i`, where it lies."""
+    n = getattr(lib, f"llama_get_sampled_{what}_count_ith")(context.ptr, i)
+    at = getattr(lib, f"llama_get_sampled_{what}_ith")(context.ptr, i)
+    kind = np.int32 if what == "candidates" else np.float32
+    return np.frombuffer(ffi.buffer(at, 4 * n), kind) if n else np.empty(0, kind)
+
+
 @pytest.mark.parametrize("kv_unified", [True, False])
 @pytest.mark.parametrize("n_ubatch", [128, 4])
 def test_libllamas_own_samplers_give_each_row_what_is_its_own(
     model: Model, kv_unified: bool, n_ubatch: int
 ) -> None:
-    """Several rows of a sequence, in any order and in several graphs: `vendor/patches/
-    verified-rows.patch` keeps what they give one behind the other, as long as it is."""
+    """Several rows of a sequence, in any order, in several graphs, of chains that change:
+    `vendor/patches/verified-rows.patch` keeps what they give one behind the other, as long as it
+    is, and `sampler-outputs.patch` whole until it is read."""
     how = EXACT | {"kv_unified": kv_unified, "n_ubatch": n_ubatch, "n_outputs_max": 3 * N_SEQ}
     random = np.random.default_rng(n_ubatch)
+    kinds, pos = [""] * N_SEQ, [0] * N_SEQ
     with (
+        ExitStack() as at_end,
         context_of(model, n_outputs_max_per_seq=3, **how) as context,
         context_of(model, **how) as plain,
     ):
-        chains = []
-        for seq in range(N_SEQ):
-            chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(5 + 300 * seq))
-            assert lib.llama_set_sampler(context.ptr, seq, chain)
-            chains.append(chain)
-        pos = [0] * N_SEQ
-        for _ in range(12):
+        for step in range(60):
+            for seq in range(N_SEQ):
+                if step % 4 == 0 and random.random() < 0.5:
+                    kind = random.choice(["", "top_k", "top_k dist", "dist", "greedy", "temp"])
+                    kinds[seq], chain = str(kind), ffi.NULL
+                    if kind:
+                        chain = own_chain(kinds[seq], seq)
+                        at_end.callback(lib.llama_sampler_free, chain)
+                    assert lib.llama_set_sampler(context.ptr, seq, chain)
             batch = Batch(3 * N_SEQ)
             order = random.permutation(np.repeat(np.arange(N_SEQ), 3)[: random.integers(1, 16)])
             for seq in order.tolist():
@@ -278,32 +305,38 @@ def test_libllamas_own_samplers_give_each_row_what_is_its_own(
                 pos[seq] += 1
             context.decode(batch)
             plain.decode(batch)
-            at = []
+            lie = []
             for i, seq in enumerate(order.tolist()):
-                k = 5 + 300 * seq
-                assert lib.llama_get_sampled_logits_count_ith(context.ptr, i) == k
-                assert lib.llama_get_sampled_candidates_count_ith(context.ptr, i) == k
-                assert lib.llama_get_sampled_probs_count_ith(context.ptr, i) == 0
-                logits = lib.llama_get_sampled_logits_ith(context.ptr, i)
-                ids = lib.llama_get_sampled_candidates_ith(context.ptr, i)
-                row = plain.logits(i)
-                best = np.argsort(-row, kind="stable")[:k]
-                assert sorted(ffi.unpack(ids, k)) == sorted(best.tolist())
-                given = np.frombuffer(ffi.buffer(logits, 4 * k), np.float32)
-                assert given.tolist() == row[ffi.unpack(ids, k)].tolist()
-                at.append((int(ffi.cast("uintptr_t", logits)), 4 * k))
-                at.append((int(ffi.cast("uintptr_t", ids)), 4 * k))
-            ends = [first + n for first, n in sorted(at)]
-            assert ends[:-1] == [first for first, _ in sorted(at)][1:]
-            assert lib.llama_get_logits(context.ptr) == ffi.NULL  # none travelled
-        for seq, chain in enumerate(chains):
-            lib.llama_set_sampler(context.ptr, seq, ffi.NULL)
-            lib.llama_sampler_free(chain)
-        batch = Batch(1)
-        batch.add(20, pos[0], [0], logits=True)
-        context.decode(batch)
-        plain.decode(batch)
-        assert context.logits(0).tolist() == plain.logits(0).tolist()
+                kind, row = kinds[seq], plain.logits(i)
+                ids, logits, probs = (
+                    sampled(context, what, i) for what in ("candidates", "logits", "probs")
+                )
+                lie += [
+                    (part.ctypes.data, part.nbytes) for part in (ids, logits, probs) if part.size
+                ]
+                token = lib.llama_get_sampled_token_ith(context.ptr, i)
+                if not kind:
+                    assert (ids.size, logits.size, probs.size, token) == (0, 0, 0, -1)
+                    assert context.logits(i).tolist() == row.tolist()
+                    continue
+                if "top_k" in kind:
+                    best = np.argsort(-row, kind="stable")[: 5 + 300 * seq]
+                    assert sorted(ids.tolist()) == sorted(best.tolist())
+                else:
+                    assert ids.size == 0
+                    ids = np.arange(row.size)
+                assert logits.tolist() == (row[ids] * (2 if kind == "temp" else 1)).tolist()
+                if "dist" in kind:
+                    shares = np.exp(logits - logits.max())
+                    np.testing.assert_allclose(probs, shares / shares.sum(), rtol=1e-3, atol=1e-7)
+                    assert token in ids
+                else:
+                    assert probs.size == 0
+                    assert token == (int(np.argmax(row)) if kind == "greedy" else -1)
+            lie = sorted(part for part in lie if part[1])
+            assert [at + n for at, n in lie][:-1] == [at for at, _ in lie][1:]
+            none_travelled = lib.llama_get_logits(context.ptr) == ffi.NULL
+            assert none_travelled == all(kinds[seq] for seq in order)
 
 
 def test_logits_that_are_asked_for_are_there(model: Model) -> None:
