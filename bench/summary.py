@@ -109,12 +109,13 @@ def by_sampling(run: Sequence[Record]) -> list[list[Record]]:
 
 
 def again(before: Sequence[Record], run: Sequence[Record]) -> bool:
-    """Whether a run repeats the one before: arms, and at each load, and code are the same."""
+    """Whether a run is of the same code as the one before: with other arms or loads as well, their
+    pairs count together."""
 
-    def what(records: Sequence[Record]) -> set[tuple[str, Load, str]]:
-        return {(r.arm, load_of(r), r.versions.get("commit", "")) for r in records}
+    def code(records: Sequence[Record]) -> set[str]:
+        return {r.versions.get("commit", "") for r in records}
 
-    return what(before) == what(run)
+    return code(before) == code(run)
 
 
 def latest(runs: Runs) -> dict[Setting, list[Record]]:

@@ -70,8 +70,8 @@ def test_a_target_is_measured_by_the_latest_run_that_has_its_arms() -> None:
     assert "| over base | ≥ 2 | 3 | met |" in report(rows, {"decode": bench(TARGETS=(target,))})
 
 
-def test_runs_of_the_same_arms_and_code_are_one() -> None:
-    """One after the other, as processes of their own: their pairs count together."""
+def test_runs_of_the_same_code_are_one() -> None:
+    """Processes of their own, one after the other, some with more arms: all pairs count."""
     target = Target("over base", speed_ratio("ours", "base", 1))
     rows = [row("ours", 9.0), row("base", 1.0)]  # of code before
     for run, speed in ((2, 3.0), (3, 4.0), (4, 8.0)):
@@ -81,6 +81,9 @@ def test_runs_of_the_same_arms_and_code_are_one() -> None:
     assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
     assert "commit new" in text
     assert "medians of 3." in text
+    rows.append(replace(row("other", 1.0, run=4), versions={"commit": "new"}))
+    text = report(rows, {"decode": bench(TARGETS=(target,))})
+    assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
     text = report([*rows, row("ours", 5.0, run=5)], {"decode": bench(TARGETS=(target,))})
     assert re.search(r"\| over base \| .* \| 4 \| met \|", text)
 
