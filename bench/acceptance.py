@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 
 from bench.case import I32, Case, Measured
+from bench.quiet import undisturbed
 from bench.serve import ServeArm
 from bench.serving import Tool
 from bench.speculates import EngineSpeculates
 from bench.targets import Target, speed_ratio
 from pyllamabatch.engine.drafters import Ngram
 from pyllamabatch.llama.model import Model
-from pyllamabatch.report.meters import OtherCores
 from pyllamabatch.scheduler.policies.device_aware import device_aware
 from pyllamabatch.scheduler.policies.speculate import ByGain
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -161,7 +161,4 @@ def once(case: Case, *, learn: float, drafts: bool, never: bool = False) -> Meas
         closing(Known(case, model, drafts=drafts, learn=learn, options=options)) as one,
     ):
         one.warm_up()
-        watch = OtherCores()
-        measured = one.run(0)
-        measured.detail["other_cpu"] = round(watch.used(), 3)
-        return measured
+        return undisturbed(partial(one.run, 0), None)

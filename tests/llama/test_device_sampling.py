@@ -311,9 +311,7 @@ def test_libllamas_own_samplers_give_each_row_what_is_its_own(
                 ids, logits, probs = (
                     sampled(context, what, i) for what in ("candidates", "logits", "probs")
                 )
-                lie += [
-                    (part.ctypes.data, part.nbytes) for part in (ids, logits, probs) if part.size
-                ]
+                lie += [(part.ctypes.data, part.nbytes) for part in (ids, logits, probs)]
                 token = lib.llama_get_sampled_token_ith(context.ptr, i)
                 if not kind:
                     assert (ids.size, logits.size, probs.size, token) == (0, 0, 0, -1)
